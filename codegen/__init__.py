@@ -1,0 +1,1 @@
+"""Fused groups to kernels to an executable."""

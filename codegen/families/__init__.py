@@ -1,0 +1,1 @@
+"""Kernel families: one file lowers one kind of group."""

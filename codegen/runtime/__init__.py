@@ -1,0 +1,1 @@
+"""What a built executable needs while it runs."""

@@ -1,0 +1,1 @@
+"""Generation loops over a StepModel."""

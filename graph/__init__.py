@@ -1,0 +1,1 @@
+"""What a captured program is, what its operations mean, and how it may change."""

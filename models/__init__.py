@@ -1,0 +1,1 @@
+"""Plain model definitions and checkpoint readers: torch and graph/ops only."""

@@ -1,0 +1,1 @@
+"""The driver: optimize(), pipeline, profile, ledger, report, command line."""

@@ -1,0 +1,1 @@
+"""torchweld: a compiler-style optimizer for transformer models."""
