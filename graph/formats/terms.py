@@ -97,7 +97,9 @@ def _six_bit_scale_and_min(read: Read, base: int, i: Expr) -> tuple[Term, Term]:
 
 def _k_affine(read: Read, i: Expr, quant: Term) -> Term:
     scale, minimum = _six_bit_scale_and_min(read, 4, i)
-    return op("sub", op("mul", _scaled(_half(read, 0), scale), cast(quant, F32)), _scaled(_half(read, 2), minimum))
+    return op(
+        "sub", op("mul", _scaled(_half(read, 0), scale), cast(quant, F32)), _scaled(_half(read, 2), minimum)
+    )
 
 
 def _q4_k(read: Read, i: Expr) -> Term:
