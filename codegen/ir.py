@@ -158,7 +158,9 @@ class Kernel:
         for candidate in self.buffers:
             if candidate.name == name:
                 return candidate
-        raise KeyError(f"kernel {self.name}: no buffer {name!r}; it has {', '.join(b.name for b in self.buffers)}")
+        raise KeyError(
+            f"kernel {self.name}: no buffer {name!r}; it has {', '.join(b.name for b in self.buffers)}"
+        )
 
 
 def part_axes(part: Part) -> tuple[Axis, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import sympy
-from torch import fx
+from torch import Tensor, fx
 
 from torchweld.codegen.families.attention import build_attention_part
 from torchweld.codegen.families.common import Dependence, reductions
@@ -98,9 +98,9 @@ class Lowerer:
         if node not in self._texts:
             value = node.meta.get("val")
             parts = value if isinstance(value, (tuple, list)) else [value]
-            self._texts[node] = " ".join(f"{p.dtype}{tuple(p.shape)}" for p in parts if hasattr(p, "dtype")) + (
-                " weight" if node.op == "get_attr" else ""
-            )
+            self._texts[node] = " ".join(
+                f"{p.dtype}{tuple(p.shape)}" for p in parts if isinstance(p, Tensor)
+            ) + (" weight" if node.op == "get_attr" else "")
         return self._texts[node]
 
 
@@ -133,7 +133,9 @@ def lower_group(group: Group, cores: int) -> LoweredGroup:
     return _finish(group, names, meaning, parts, cores)
 
 
-def _store_piece(piece: Piece, inside: frozenset[fx.Node], meaning: Meaning, buffers: dict[fx.Node, str]) -> _Stored:
+def _store_piece(
+    piece: Piece, inside: frozenset[fx.Node], meaning: Meaning, buffers: dict[fx.Node, str]
+) -> _Stored:
     """The store of one piece, over its anchor's axes if there is one, else over its own."""
     path = anchor_path(piece.node, inside)
     kind = kind_of(path[0]) if path else None
@@ -181,6 +183,7 @@ def _over_axes(entry: _Stored, axes: tuple[Axis, ...]) -> _Stored:
 
 def rename_axes(store: Store, renaming: dict[sympy.Symbol, sympy.Symbol]) -> Store:
     """A store with its index variables renamed everywhere."""
+
     def index(expr: Expr) -> Expr:
         return expr.xreplace(renaming)
 
@@ -209,7 +212,8 @@ def _finish(
     positions = tuple(i for i, node in enumerate(group.inputs) if names[node] in loaded)
     buffers = [_buffer(group.inputs[i], names, loaded) for i in positions]
     buffers += [
-        Buffer(f"{names[node]}_out", tensor_of(node).dtype, shape_of(node), "output") for node in group.outputs
+        Buffer(f"{names[node]}_out", tensor_of(node).dtype, shape_of(node), "output")
+        for node in group.outputs
     ]
     if len(buffers) > MAX_BUFFERS:
         raise Unsupported(f"{len(buffers)} buffers in one kernel, at most {MAX_BUFFERS}")
@@ -232,7 +236,9 @@ def _used_indirects(parts: Sequence[Part], meaning: Meaning) -> tuple[tuple[Indi
     terms = [term for part in parts for term in part_terms(part)]
     pending = {entry.symbol: entry for entry in meaning.indirects}
     used: dict[str, Indirect] = {}
-    exprs = [e for term in terms for e in index_exprs(term)] + [e for p in parts for s in p.stores for e in s.index]
+    exprs = [e for term in terms for e in index_exprs(term)] + [
+        e for p in parts for s in p.stores for e in s.index
+    ]
     while exprs:
         symbols = {s.name for expr in exprs for s in expr.free_symbols}
         new = [pending.pop(name) for name in list(pending) if name in symbols]
@@ -253,4 +259,3 @@ def _size_names(
     exprs += [term.t_extent for term in terms if isinstance(term, Attend)]
     symbols = {symbol.name for expr in exprs for symbol in expr.free_symbols if symbol.is_positive}
     return tuple(sorted(symbols, key=lambda name: (len(name), name)))
-

@@ -97,8 +97,14 @@ def carry_forward(path: Sequence[fx.Node], index: Index, ranges: Ranges) -> Inde
             index = tuple(index[dim] for dim in permuted_dims(after))
         elif new == old:
             continue
-        elif len(new) > len(old) and new[len(new) - len(old) :] == old and all(s == 1 for s in new[: len(new) - len(old)]):
+        elif (
+            len(new) > len(old)
+            and new[len(new) - len(old) :] == old
+            and all(s == 1 for s in new[: len(new) - len(old)])
+        ):
             index = (*([ZERO] * (len(new) - len(old))), *index)
         else:
-            raise Unsupported(f"{after.name}: the result of {path[0].name} is read at other places than it is made")
+            raise Unsupported(
+                f"{after.name}: the result of {path[0].name} is read at other places than it is made"
+            )
     return index

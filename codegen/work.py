@@ -7,11 +7,23 @@ Work on the rows of a matmul's left operand is done once per core that shares th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import sympy
 
 from torchweld.codegen.families.common import product
-from torchweld.codegen.ir import AttentionPart, Buffer, Kernel, MatmulPart, Part, RowPart, part_axes, part_terms
+from torchweld.codegen.ir import (
+    AttentionPart,
+    Buffer,
+    Kernel,
+    MatmulPart,
+    Part,
+    RowPart,
+    part_axes,
+    part_terms,
+)
 from torchweld.graph.groups import Work
+from torchweld.graph.index import evaluate
 from torchweld.graph.terms import Attend, Axis, Contract, Decode, Expr, Fold, Load, Op, Term, children, walk
 
 HEAVY = {"exp": 10, "tanh": 14, "erf": 14, "sigmoid": 12, "sin": 20, "cos": 20, "log": 12, "pow": 30, "div": 4,
@@ -52,7 +64,9 @@ def part_flops(part: Part, repeats: int) -> Expr:
             total += rows * _fold_operations(bind.term)
     elif isinstance(part, MatmulPart):
         rows = _extents((*part.batch, *part.rows))
-        total += repeats * rows * sum((_fold_operations(bind.term) for bind in part.row_binds), sympy.Integer(0))
+        total += (
+            repeats * rows * sum((_fold_operations(bind.term) for bind in part.row_binds), sympy.Integer(0))
+        )
         for bind in part.contracts:
             contract = bind.term
             assert isinstance(contract, Contract)
@@ -102,7 +116,13 @@ def _gathered_rows(buffer: Buffer, kernel: Kernel) -> Expr | None:
             entry = symbols.get(str(first[0])) if first else None
             if entry is None:
                 return None
-            read = {s for term in walk(entry.term) if isinstance(term, Load) for e in term.index for s in e.free_symbols}
+            read = {
+                s
+                for term in walk(entry.term)
+                if isinstance(term, Load)
+                for e in term.index
+                for s in e.free_symbols
+            }
             rows += product(axis.extent for axis in part_axes(part) if axis.symbol in read)
     return rows if rows != 0 else None
 
@@ -113,3 +133,33 @@ def kernel_work(kernel: Kernel, cores: int) -> Work:
     writes = sum((buffer_bytes(b, kernel) for b in kernel.buffers if b.role == "output"), sympy.Integer(0))
     flops = sum((part_flops(part, cores) for part in kernel.parts), sympy.Integer(0))
     return Work(reads, writes, flops, len(kernel.parts))
+
+
+def moved_and_minimum(kernel: Kernel, sizes: Mapping[str, int], l2_bytes: int) -> tuple[int, int]:
+    """Bytes that one launch moves from and to memory, and the least possible (each buffer once).
+
+    A buffer that several parts read comes from memory again for each of them unless it stays in half of the L2 cache;
+    the rows of a matmul's left operand come again for every tile of columns unless they stay there.
+    """
+    minimum = moved = 0
+    for buffer in kernel.buffers:
+        once = evaluate(buffer_bytes(buffer, kernel), sizes)
+        minimum += once
+        moved += once * (_passes_over(buffer, kernel, sizes) if once > l2_bytes // 2 else 1)
+    return moved, minimum
+
+
+def _passes_over(buffer: Buffer, kernel: Kernel, sizes: Mapping[str, int]) -> int:
+    """How often a buffer that no cache holds is gone through."""
+    if buffer.role == "output":
+        return 1
+    passes = 0
+    for part in kernel.parts:
+        if not any(isinstance(t, (Load, Decode)) and t.buffer == buffer.name for t in part_terms(part)):
+            continue
+        tiles = 1
+        if isinstance(part, MatmulPart) and buffer.role == "input":
+            columns = evaluate(part.n.extent, sizes)
+            tiles = max(1, -(-columns // max(1, part.schedule.block_n)))
+        passes += tiles
+    return max(1, passes)

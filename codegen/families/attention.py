@@ -30,7 +30,9 @@ def build_attention_part(
             raise Unsupported("a reduction or a matmul in one kernel part with an attention")
     for operand, what in ((attend.k, "keys"), (attend.v, "values")):
         if not _is_plain(operand):
-            raise Unsupported(f"work on the {what} of an attention would be done again for every tile of queries")
+            raise Unsupported(
+                f"work on the {what} of an attention would be done again for every tile of queries"
+            )
     *batch, t, feature = axes
     _check_axes(attend, batch, t, feature, dependence)
     refs = {id(attend): Ref(attend.dtype, name)}
@@ -45,7 +47,9 @@ def _is_plain(term: Term) -> bool:
     return isinstance(term, Load)
 
 
-def _check_axes(attend: Attend, batch: Sequence[Axis], t: Axis, feature: Axis, dependence: Dependence) -> None:
+def _check_axes(
+    attend: Attend, batch: Sequence[Axis], t: Axis, feature: Axis, dependence: Dependence
+) -> None:
     outer = {axis.symbol for axis in batch}
     allowed = {
         "query": (attend.q, outer | {t.symbol, attend.d.symbol}),

@@ -40,7 +40,9 @@ class Dependence:
     def indirect_reductions(self) -> bool:
         """Whether a data-dependent index is itself the result of a reduction or a matmul."""
         return any(
-            isinstance(node, (Fold, Contract, Attend)) for e in self._meaning.indirects for node in walk(e.term)
+            isinstance(node, (Fold, Contract, Attend))
+            for e in self._meaning.indirects
+            for node in walk(e.term)
         )
 
 
@@ -78,7 +80,9 @@ def refuse_nested(found: Sequence[Term], dependence: Dependence, axes: Iterable[
     for term in found:
         foreign = dependence.of(term) - own
         if foreign:
-            raise Unsupported(f"a reduction inside another reduction's loop ({', '.join(map(str, sorted(foreign, key=str)))})")
+            raise Unsupported(
+                f"a reduction inside another reduction's loop ({', '.join(map(str, sorted(foreign, key=str)))})"
+            )
 
 
 def product(extents: Iterable[Expr]) -> Expr:

@@ -31,7 +31,9 @@ def build_matmul_part(
 
     Unsupported, with the reason, where operands cannot be split into rows and columns.
     """
-    contracts = [term for term in reductions([s.value for s in stores], Contract) if isinstance(term, Contract)]
+    contracts = [
+        term for term in reductions([s.value for s in stores], Contract) if isinstance(term, Contract)
+    ]
     for contract in contracts:
         if any(isinstance(node, Contract) and node is not contract for node in walk(contract)):
             raise Unsupported("a matmul whose operand is a matmul")
@@ -62,12 +64,18 @@ def _orient(contract: Contract, n: Axis, dependence: Dependence) -> Contract:
 def _batch_axes(
     axes: tuple[Axis, ...], n: Axis, contracts: Sequence[Contract], dependence: Dependence
 ) -> tuple[Axis, ...]:
-    needed: frozenset[sympy.Symbol] = frozenset().union(*(dependence.of(contract.b) for contract in contracts))
+    needed: frozenset[sympy.Symbol] = frozenset().union(
+        *(dependence.of(contract.b) for contract in contracts)
+    )
     return tuple(axis for axis in axes if axis is not n and axis.symbol in needed)
 
 
 def _check_operands(
-    contracts: Sequence[Contract], batch: Sequence[Axis], rows: Sequence[Axis], n: Axis, dependence: Dependence
+    contracts: Sequence[Contract],
+    batch: Sequence[Axis],
+    rows: Sequence[Axis],
+    n: Axis,
+    dependence: Dependence,
 ) -> None:
     outer = {axis.symbol for axis in (*batch, *rows)}
     columns = {axis.symbol for axis in (*batch, n)}

@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchweld.codegen.families.common import Dependence, bind_reductions, reductions, refuse_nested, with_references
+from torchweld.codegen.families.common import (
+    Dependence,
+    bind_reductions,
+    reductions,
+    refuse_nested,
+    with_references,
+)
 from torchweld.codegen.ir import RowPart, Store
 from torchweld.graph.terms import Axis, Fold, Term
 

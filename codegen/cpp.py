@@ -1,0 +1,130 @@
+"""The C++ printer: kernels of the IR as readable, header-free C++ for the CPU.
+
+`print_kernel` gives one function; `print_unit` one translation unit with every different function once, ready for
+`toolchain.compile_shared`. Functions do their share of the work of one of `threads` threads and need no other.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import sympy
+
+from torchweld.codegen.cpp_attention import print_attention_part
+from torchweld.codegen.cpp_fingerprint import fingerprint, merge_equal_terms
+from torchweld.codegen.cpp_matmul import print_matmul_part
+from torchweld.codegen.cpp_row import print_row_part
+from torchweld.codegen.cpp_terms import INDENT, KernelNames, buffer_lines
+from torchweld.codegen.ir import AttentionPart, Kernel, MatmulPart, Part
+from torchweld.graph.terms import Expr
+
+FLAGS: Final = (
+    "-fno-math-errno",  # sqrt and floor as instructions
+    "-fno-trapping-math",  # selects instead of branches around comparisons of floats
+    "-ffp-contract=off",  # the same operations in every copy of a loop: fma only where it is spelled out
+    "-fwrapv",
+    "-fno-exceptions",
+    "-fno-rtti",
+    *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
+    "-Wl,--no-as-needed",
+    "-lm",
+)
+
+SIGNATURE: Final = (
+    "void* const* buffers, const int64_t* sizes, int64_t thread, int64_t threads, char* scratch, int32_t* error"
+)
+
+
+@dataclass(frozen=True)
+class PrintedKernel:
+    """A kernel's C++ function; `scratch` are the bytes per thread that it works in, of the kernel's sizes."""
+
+    name: str
+    text: str
+    scratch: tuple[Expr, ...]
+
+
+@dataclass(frozen=True)
+class PrintedUnit:
+    """One translation unit: its text, and for every kernel given the function that runs it."""
+
+    source: str
+    functions: tuple[PrintedKernel, ...]
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """The names of the different functions, in the order of the text."""
+        return tuple(dict.fromkeys(function.name for function in self.functions))
+
+
+def print_kernel(kernel: Kernel, name: str | None = None) -> PrintedKernel:
+    """`kernel` as one C++ function called `name` (default: the kernel's). Raises PrintError for what has no C++."""
+    kernel = merge_equal_terms(kernel)
+    names = KernelNames.of(kernel)
+    name = names.namer.fresh(name or kernel.name)
+    body = buffer_lines(kernel, names)
+    scratch: list[Expr] = []
+    for part in kernel.parts:
+        lines, room = _print_part(kernel, names, part)
+        scratch.append(sympy.sympify(room))
+        title = " ".join(f"{type(part).__name__}: {_stores(part)}".split())
+        body += ["", f"{{  // {title}", *(t if t.startswith("#") else INDENT + t for t in lines), "}"]
+    head = [f"// {kernel.name}: {', '.join(kernel.ops)}"] if kernel.ops else [f"// {kernel.name}"]
+    text = "\n".join(
+        [*head, f'extern "C" void {name}({SIGNATURE}) {{', *(_line(t) for t in body), "}", ""]
+    )
+    return PrintedKernel(name, text, tuple(scratch))
+
+
+def print_unit(kernels: Sequence[Kernel]) -> PrintedUnit:
+    """All kernels in one translation unit; those that differ in the names of their arguments only share a function."""
+    printed: dict[str, PrintedKernel] = {}
+    taken: set[str] = set()
+    functions: list[PrintedKernel] = []
+    exprs: dict[Expr, str] = {}
+    for kernel in kernels:
+        key = fingerprint(kernel, exprs)
+        if key not in printed:
+            printed[key] = print_kernel(kernel, _unique(kernel.name, taken))
+        functions.append(printed[key])
+    body = [function.text for function in printed.values()]
+    return PrintedUnit("\n".join([prelude(), *body]), tuple(functions))
+
+
+@cache
+def prelude() -> str:
+    """The C++ that every unit starts with: scalars, folds, vectors, stored formats, inner products, attention."""
+    folder = Path(__file__).parent / "runtime"
+    names = ("scalar.h", "fold.h", "vectors.h", "formats.h", "matmul.h", "attention.h")
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+
+def _print_part(kernel: Kernel, names: KernelNames, part: Part) -> tuple[list[str], Expr | int]:
+    if isinstance(part, MatmulPart):
+        return print_matmul_part(kernel, names, part)
+    if isinstance(part, AttentionPart):
+        return print_attention_part(kernel, names, part)
+    return print_row_part(kernel, names, part)
+
+
+def _stores(part: Part) -> str:
+    return ", ".join(f"{s.buffer}[{', '.join(map(str, s.index))}]" for s in part.stores)
+
+
+def _line(text: str) -> str:
+    return text if text.startswith("#") or not text else INDENT + text
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    number, candidate = 1, name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}_{number}"
+    taken.add(candidate)
+    return candidate
+

@@ -1,0 +1,300 @@
+"""MatmulPart as C++: the A rows of a block of rows once, B in its stored format, the epilogue on a tile of sums.
+
+    for each (batch, block of rows):            shared out among the threads together with the blocks of columns
+        row binds and A rows -> scratch         prologue: casts, norms, gathers
+        for each block of columns:
+            for each contract: sums of the block (matmul.h)
+            for each row: stores over the columns of the block, vectorized
+
+A row's sums are taken in an order that depends on k only (see matmul.h), so rows do not influence each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from torchweld.codegen.cpp_names import HALVES, PrintError, converted, unwrapped, value_type
+from torchweld.codegen.cpp_operand import StoredRow, padded, runs_along, stored_row
+from torchweld.codegen.cpp_terms import INDENT, Emitter, KernelNames
+from torchweld.codegen.ir import Bind, Kernel, MatmulPart
+from torchweld.graph.terms import Axis, Contract, Expr, Ref, Term, walk
+
+_PANEL_BYTES = 384 << 10  # A rows of a block: beside a tile of B they stay in an L2 cache of 1 MiB
+_MOST_ROWS = 64
+
+
+@dataclass(frozen=True)
+class _Product:
+    """One contract of the part: where its A rows are, how its B rows are read, the name of its sums."""
+
+    bind: Bind
+    contract: Contract
+    panel: _Panel
+    stored: StoredRow | None
+    name: str
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """A rows written out as numbers, shared by all contracts with the same A term."""
+
+    term: Term
+    k: Axis
+    name: str
+    stride: str
+    width: Expr
+
+
+def print_matmul_part(kernel: Kernel, names: KernelNames, part: MatmulPart) -> tuple[list[str], Expr]:
+    """The statements of the part and the bytes of scratch memory per thread that they need."""
+    return _MatmulPrinter(kernel, names, part).print()
+
+
+class _MatmulPrinter:
+    def __init__(self, kernel: Kernel, names: KernelNames, part: MatmulPart) -> None:
+        self.kernel, self.names, self.part = kernel, names, part
+        self.real = self._real()
+        self.kind = value_type(self.real)
+        self.emitter = Emitter(kernel, names)
+        for axis in (*part.batch, *part.rows, part.n):
+            self.emitter.axis(axis)
+        self.products = self._products()
+        self.block_rows = self._block_rows()
+        self.block_columns = self._block_columns()
+        self.row_names = {bind.name: names.namer.fresh(f"{bind.name}_of_row") for bind in part.row_binds}
+        self.scratch: Expr = sympy.Integer(0)
+        self.lines: list[str] = []
+
+    def _real(self) -> torch.dtype:
+        wide = any(bind.term.dtype == torch.float64 for bind in self.part.contracts)
+        return torch.float64 if wide else torch.float32
+
+    def _products(self) -> list[_Product]:
+        panels: dict[tuple[int, str], _Panel] = {}
+        products = []
+        for bind in self.part.contracts:
+            contract = bind.term
+            if not isinstance(contract, Contract) or not contract.dtype.is_floating_point:
+                raise PrintError(
+                    f"kernel {self.kernel.name}: contract {bind.name!r} must be a floating Contract,"
+                    f" got {type(contract).__name__} of {contract.dtype}"
+                )
+            key = (id(contract.a), contract.k.name)
+            if key not in panels:
+                panels[key] = self._panel(contract)
+            row = stored_row(self.kernel, contract.b, contract.k, self.real)
+            name = self.names.namer.fresh(f"{bind.name}_sums")
+            products.append(_Product(bind, contract, panels[key], row, name))
+        return products
+
+    def _panel(self, contract: Contract) -> _Panel:
+        self.emitter.axis(contract.k)
+        width = padded(contract.k.extent, self.real)
+        fresh = self.names.namer.fresh
+        return _Panel(contract.a, contract.k, fresh("a_rows"), fresh("a_stride"), width)
+
+    def _block_rows(self) -> int:
+        if not all(product.panel.width.is_Integer for product in self.products):
+            return 16
+        widest = max(int(product.panel.width) for product in self.products)
+        fitting = _PANEL_BYTES // max(1, widest * self.real.itemsize)
+        return max(4, min(_MOST_ROWS, fitting // 4 * 4))
+
+    def _block_columns(self) -> int:
+        wished = max(4, self.part.schedule.block_n // 4 * 4)
+        computed = [p for p in self.products if p.stored is None]
+        small = all(p.panel.width.is_Integer and p.panel.width <= 512 for p in computed)
+        return wished if small else min(wished, 16)
+
+    # -- pieces -----------------------------------------------------------------------------------------------------
+
+    def print(self) -> tuple[list[str], Expr]:
+        """The whole part."""
+        self._sizes()
+        self._room()
+        body = self._unit()
+        self.lines += [
+            "const tw_range share = tw_share(batch * row_blocks * column_blocks, thread, threads);",
+            "int64_t ready = -1;  // the block of rows that the scratch memory holds",
+            "for (int64_t unit = share.begin; unit < share.end; ++unit) {",
+            *_indented(body),
+            "}",
+        ]
+        return self.lines, self.scratch
+
+    def _sizes(self) -> None:
+        emitter, part = self.emitter, self.part
+        self.lines += [
+            f"const int64_t batch = {emitter.extents(part.batch)};",
+            f"const int64_t rows = {emitter.extents(part.rows)};",
+            f"const int64_t columns = {unwrapped(emitter.index(part.n.extent))};",
+            f"const int64_t row_blocks = tw_blocks(rows, {self.block_rows});",
+            "const int64_t block_rows = row_blocks ? tw_blocks(tw_blocks(rows, row_blocks), 4) * 4 : 4;",
+            f"const int64_t column_blocks = tw_blocks(columns, {self.block_columns});",
+        ]
+
+    def _allocate(self, name: str, kind: str, itemsize: int, count: Expr) -> None:
+        bytes_ = padded(sympy.sympify(count) * itemsize, torch.uint8)
+        self.lines.append(f"{kind}* const {name} = ({kind}*)(scratch + {unwrapped(self.emitter.index(self.scratch))});")
+        self.scratch = sympy.expand(self.scratch + bytes_)
+
+    def _room(self) -> None:
+        done: set[str] = set()
+        for product in self.products:
+            panel = product.panel
+            if panel.name not in done:
+                done.add(panel.name)
+                self.lines.append(f"const int64_t {panel.stride} = {unwrapped(self.emitter.index(panel.width))};")
+                self._allocate(panel.name, self.kind, self.real.itemsize, panel.width * self.block_rows)
+            self._allocate(product.name, self.kind, self.real.itemsize, sympy.Integer(self.block_rows * self.block_columns))
+        # One width as a rule; of several (they may hold sizes) the sum is enough for each.
+        decoded_rows: dict[Expr, int] = {}
+        for product in self.products:
+            rows = _tile_columns(self.part) if product.stored else self.block_columns
+            decoded_rows[product.panel.width] = max(rows, decoded_rows.get(product.panel.width, 0))
+        room = sum((width * rows for width, rows in decoded_rows.items()), start=sympy.Integer(0))
+        self._allocate("decoded", self.kind, self.real.itemsize, room)
+        for bind in self.part.row_binds:
+            kind = value_type(bind.term.dtype)
+            self._allocate(self.row_names[bind.name], kind, 8, sympy.Integer(self.block_rows))
+
+    def _unit(self) -> list[str]:
+        emitter, part = self.emitter, self.part
+        lines = [
+            "const int64_t block = unit / column_blocks;",
+            "const int64_t first_row = block % row_blocks * block_rows;",
+            "const int64_t block_end = tw_least(first_row + block_rows, rows);",
+            f"const int64_t first_column = unit % column_blocks * {self.block_columns};",
+            f"const int64_t width = tw_least<int64_t>({self.block_columns}, columns - first_column);",
+            *emitter.unflatten("block / row_blocks", part.batch),
+            "if (block != ready) {",
+            "    ready = block;",
+            *_indented(self._prologue()),
+            "}",
+        ]
+        for product in self.products:
+            lines += ["{", *_indented(self._product(product)), "}"]
+        return lines + self._epilogue()
+
+    def _prologue(self) -> list[str]:
+        part = self.part
+        emitter = self._scope(part.batch)
+        emitter.push(tuple(axis.name for axis in part.rows) + tuple(f"ref:{b.name}" for b in part.row_binds))
+        for bind in part.row_binds:
+            text = emitter.value(bind.term)
+            emitter.line(f"{self.row_names[bind.name]}[r] = {unwrapped(text)};")
+            emitter.define_ref(bind.name, f"{self.row_names[bind.name]}[r]", bind.term.dtype)
+        done: set[str] = set()
+        for product in self.products:
+            if product.panel.name not in done:
+                done.add(product.panel.name)
+                self._fill_panel(emitter, product.panel)
+        body = emitter.pop()
+        head = ["const int64_t m = first_row + r;", *emitter.unflatten("m", part.rows)]
+        loop = ["for (int64_t r = 0; first_row + r < block_end; ++r) {", *_indented(head + body), "}"]
+        return emitter.pop() + loop
+
+    def _fill_panel(self, emitter: Emitter, panel: _Panel) -> None:
+        k = emitter.axis(panel.k)
+        row = f"{panel.name}[r * {panel.stride} + {k}]"
+        emitter.push((panel.k.name,))
+        emitter.line(f"{row} = {unwrapped(converted(emitter.value(panel.term), panel.term.dtype, self.real))};")
+        inner = emitter.pop()
+        for line in emitter.for_range((panel.k,), None, inner):
+            emitter.line(line)
+        if panel.width != panel.k.extent:
+            extent = unwrapped(emitter.index(panel.k.extent))
+            emitter.line(f"for (int64_t {k} = {extent}; {k} < {panel.stride}; ++{k}) {row} = 0;")
+
+    def _scope(self, batch: Sequence[Axis]) -> Emitter:
+        """A new emitter in the block where the batch axes are known."""
+        emitter = Emitter(self.kernel, self.names)
+        for axis in (*self.part.batch, *self.part.rows, self.part.n, *(p.panel.k for p in self.products)):
+            emitter.adopt_axis(axis, self.emitter)
+        emitter.push(tuple(axis.name for axis in batch))
+        return emitter
+
+    def _product(self, product: _Product) -> list[str]:
+        panel = product.panel
+        emitter = self._scope(self.part.batch)
+        n, address = emitter.axis(self.part.n), self.names.namer.fresh(f"{product.bind.name}_b")
+        lines = [f"const void* {address}[{self.block_columns}];"]
+        if product.stored is not None:
+            emitter.push((self.part.n.name,))
+            emitter.line(f"{address}[j] = (const void*)({product.stored.address(emitter, product.contract.k)});")
+            body = [f"const int64_t {n} = first_column + j;", *emitter.pop()]
+            format_, extent = product.stored.format, unwrapped(emitter.index(panel.k.extent))
+        else:
+            self._fill_columns(emitter, product)
+            body = [f"{address}[j] = (const void*)(decoded + j * {panel.stride});"]
+            format_, extent = ("F64" if self.real == torch.float64 else "F32"), panel.stride
+        lines += emitter.pop()
+        lines += ["for (int64_t j = 0; j < width; ++j) {", *_indented(body), "}"]
+        tile = f"{max(1, self.part.schedule.unroll_rows)}, {_tile_columns(self.part)}"
+        lines += [
+            f"tw_matmul<tw_{format_}, {tile}>({panel.name}, {panel.stride}, block_end - first_row, {address}, width,"
+            f" {extent},",
+            f"    {product.name}, {self.block_columns}, decoded);",
+        ]
+        return lines
+
+    def _fill_columns(self, emitter: Emitter, product: _Product) -> None:
+        """Write the columns of the block out as rows of numbers along k."""
+        k, n, term = product.contract.k, self.part.n, product.contract.b
+        kn, nn = emitter.axis(k), emitter.axis(n)
+        along_n = runs_along(self.kernel, term, n)
+        outer, inner = ((k, n) if along_n else (n, k))
+        place = f"decoded[({nn} - first_column) * {product.panel.stride} + {kn}]"
+        emitter.push((outer.name,))
+        emitter.push((inner.name,))
+        emitter.line(f"{place} = {unwrapped(converted(emitter.value(term), term.dtype, self.real))};")
+        lines = emitter.pop()
+        ranges = {n.name: ("first_column", "first_column + width"), k.name: ("0", unwrapped(emitter.index(k.extent)))}
+        lines = emitter.pop() + emitter.for_range((inner,), ranges[inner.name], lines)
+        begin, end = ranges[outer.name]
+        name = emitter.axis(outer)
+        emitter.nest(f"for (int64_t {name} = {begin}; {name} < {end}; ++{name})", lines)
+        if product.panel.width != k.extent:
+            pad = f"for (int64_t {kn} = {ranges[k.name][1]}; {kn} < {product.panel.stride}; ++{kn})"
+            emitter.line(f"for (int64_t {nn} = first_column; {nn} < first_column + width; ++{nn})")
+            emitter.line(f"{INDENT}{pad} {place} = 0;")
+
+    def _epilogue(self) -> list[str]:
+        part = self.part
+        emitter = self._scope(part.batch)
+        refs = {ref.name for store in part.stores for ref in walk(store.value) if isinstance(ref, Ref)}
+        emitter.push(tuple(axis.name for axis in part.rows) + tuple(f"ref:{b.name}" for b in part.row_binds))
+        for bind in part.row_binds:
+            if bind.name in refs:
+                self._reload(emitter, bind.name, f"{self.row_names[bind.name]}[r]", bind.term.dtype)
+        emitter.push((part.n.name, *(f"ref:{p.bind.name}" for p in self.products)))
+        n = emitter.axis(part.n)
+        for product in self.products:
+            text = f"{product.name}[r * {self.block_columns} + j]"
+            if product.contract.dtype in HALVES:
+                text = f"tw_round_{HALVES[product.contract.dtype]}({text})"
+            self._reload(emitter, product.bind.name, text, product.contract.dtype)
+        for store in part.stores:
+            emitter.store(store)
+        columns = [f"const int64_t {n} = first_column + j;", *emitter.pop()]
+        inner = ["#pragma GCC ivdep", "for (int64_t j = 0; j < width; ++j) {", *_indented(columns), "}"]
+        body = ["const int64_t m = first_row + r;", *emitter.unflatten("m", part.rows), *emitter.pop(), *inner]
+        loop = ["for (int64_t r = 0; first_row + r < block_end; ++r) {", *_indented(body), "}"]
+        return emitter.pop() + loop
+
+    def _reload(self, emitter: Emitter, ref: str, text: str, dtype: torch.dtype) -> None:
+        name = self.names.namer.fresh(ref)
+        emitter.line(f"const {value_type(dtype)} {name} = {text};")
+        emitter.define_ref(ref, name, dtype)
+
+
+def _tile_columns(part: MatmulPart) -> int:
+    return max(4, part.schedule.unroll_n // 4 * 4)  # the lanes of four sums are added together
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [line if line.startswith("#") else INDENT + line for line in lines]

@@ -1,0 +1,321 @@
+"""The CPU executable: one compiled translation unit, one memory plan per set of sizes, one call per run of launches.
+
+A call checks its inputs, binds the sizes, places intermediate values in an arena and runs the steps. Everything that
+depends on the shapes only is kept for the last few sets of shapes. What the caller gets is never in the arena; nor is
+what an eager step reads, since such a step may return a view of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from torchweld.codegen.cache import Cache
+from torchweld.codegen.cpp import FLAGS, PrintedUnit, print_unit
+from torchweld.codegen.cpp_names import PrintError
+from torchweld.codegen.plan import EagerStep, Launch, Plan, PlanError, SizeTable, ValueSpec, work
+from torchweld.codegen.plan_inputs import bind_sizes, check_tensors
+from torchweld.codegen.plan_memory import ALIGNMENT, Lifetime, MemoryPlan, plan_memory
+from torchweld.codegen.runtime.team import MOST_ARGUMENTS, LaunchRecord, Team, shared_team
+from torchweld.codegen.toolchain import ToolchainError, compile_shared, load
+
+_BINDINGS_KEPT: Final = 16
+_SOLO_WORK: Final = 16384  # element operations, about 3 us: less than a barrier and a cold cache on a second core
+
+
+class BuildError(RuntimeError):
+    """The plan cannot be compiled here (no compiler, a construct without C++); the caller runs the graph eagerly."""
+
+
+@dataclass(frozen=True)
+class ExecutableStats:
+    """Counters since the executable was made, and the memory plan of the last call (bytes)."""
+
+    calls: int
+    launches: int
+    eager_steps: int
+    functions: int
+    bindings: int
+    arena_bytes: int
+    unshared_bytes: int
+    scratch_bytes: int
+    source_bytes: int
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """What follows from the sizes: places, launch records, and the arrays that the records point to."""
+
+    table: SizeTable
+    memory: MemoryPlan
+    segments: tuple[ctypes.Array[LaunchRecord] | EagerStep, ...]
+    launches: tuple[tuple[Launch, ...], ...]
+    scratch_stride: int
+    kept: tuple[object, ...]
+
+
+class Executable:
+    """A plan, compiled. Call it with the plan's inputs to get its outputs.
+
+    threads: None means `torch.get_num_threads()`. cache: where compiled units are kept; None means the user's cache.
+    Raises BuildError if it cannot be compiled, PlanError if the plan contradicts itself. Several threads may call one
+    executable; they take turns. The bits of the result do not depend on `threads`.
+    """
+
+    def __init__(self, plan: Plan, *, threads: int | None = None, cache: Cache | None = None) -> None:
+        plan.check()
+        self.plan = plan
+        self._lock = threading.Lock()
+        self._launches = plan.launches()
+        self._threads = torch.get_num_threads() if threads is None else threads
+        self._cache = cache or Cache()
+        self._constants = {name: tensor.detach().contiguous() for name, tensor in plan.constants.items()}
+        self._slots = _number_slots(plan)
+        self._pointers = (ctypes.c_void_p * max(1, len(self._slots)))()
+        for name, tensor in self._constants.items():
+            self._pointers[self._slots[name]] = tensor.data_ptr()
+        self._fresh = _fresh_values(plan)
+        self._arena_values = _arena_values(plan, self._fresh)
+        self._bindings: OrderedDict[tuple[tuple[int, ...], ...], _Binding] = OrderedDict()
+        self._arena = self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._placed: _Binding | None = None
+        self._calls = 0
+        self._unit, self._team, self._functions = self._build()
+        _executables.add(self)
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    def _build(self) -> tuple[PrintedUnit, Team | None, tuple[int, ...]]:
+        if not self._launches:
+            return PrintedUnit("", ()), None, ()
+        for launch in self._launches:
+            if len(launch.arguments) > MOST_ARGUMENTS:
+                raise BuildError(f"kernel {launch.kernel.name}: {len(launch.arguments)} buffers; at most {MOST_ARGUMENTS}")
+        try:
+            unit = print_unit([launch.kernel for launch in self._launches])
+            path = compile_shared(unit.source, cache=self._cache, flags=FLAGS, name="unit")
+            library = load(path, unit.symbols)
+            team = shared_team(self._threads, self._cache)
+        except (PrintError, ToolchainError) as error:
+            raise BuildError(f"the graph cannot be compiled: {error}") from error
+        address = {s: ctypes.cast(getattr(library, s), ctypes.c_void_p).value or 0 for s in unit.symbols}
+        return unit, team, tuple(address[function.name] for function in unit.functions)
+
+    @property
+    def threads(self) -> int:
+        """Threads that share the work of a launch."""
+        return self._threads
+
+    @property
+    def source(self) -> str:
+        """The C++ of the unit."""
+        return self._unit.source
+
+    def stats(self) -> ExecutableStats:
+        """Counters and sizes for reports."""
+        memory = self._placed.memory if self._placed else MemoryPlan({}, 0, 0)
+        eager = len(self.plan.steps) - len(self._launches)
+        return ExecutableStats(
+            self._calls, len(self._launches), eager, len(self._unit.symbols), len(self._bindings), memory.arena_bytes,
+            memory.total_bytes, self._scratch.numel(), len(self._unit.source),
+        )  # fmt: skip
+
+    # -- calling ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The plan's outputs, new tensors (an output that is an input is that input).
+
+        Raises TypeError for a wrong number, dtype or device of inputs, ShapeError (a ValueError) for a wrong shape,
+        IndexError naming the kernel where an index is outside its table.
+        """
+        check_tensors(self.plan, inputs)
+        tensors = [tensor.detach().contiguous() for tensor in inputs]
+        with self._lock:
+            self._calls += 1
+            binding = self._binding(inputs)
+            self._place(binding)
+            values = dict(zip((spec.name for spec in self.plan.inputs), tensors, strict=True))
+            for name, tensor in values.items():
+                self._pointers[self._slots[name]] = tensor.data_ptr()
+            self._allocate_fresh(binding, values)
+            self._run(binding, values)
+            given = dict(zip((spec.name for spec in self.plan.inputs), inputs, strict=True))
+            return tuple(self._output(name, values, given) for name in self.plan.outputs)
+
+    def _output(self, name: str, values: dict[str, Tensor], given: dict[str, Tensor]) -> Tensor:
+        if name in self._constants:
+            return self._constants[name].clone()  # the caller may write into it
+        return given[name] if name in given else values[name]
+
+    def _run(self, binding: _Binding, values: dict[str, Tensor]) -> None:
+        for segment, launches in zip(binding.segments, binding.launches, strict=True):
+            if isinstance(segment, EagerStep):
+                self._run_eagerly(segment, binding, values)
+                continue
+            assert self._team is not None
+            table, scratch = ctypes.addressof(self._pointers), self._scratch.data_ptr()
+            failed = self._team.run(segment, table, scratch, binding.scratch_stride)
+            if failed >= 0:
+                raise IndexError(_index_message(launches[failed]))
+
+    def _run_eagerly(self, step: EagerStep, binding: _Binding, values: dict[str, Tensor]) -> None:
+        sizes = binding.table.sizes
+        arguments = [
+            sizes[name] if name in sizes else values[name] if name in values else self._constants[name]
+            for name in step.arguments
+        ]
+        with torch.no_grad():
+            results = step.module(*arguments)
+        results = results if isinstance(results, tuple | list) else (results,)
+        if len(results) != len(step.results):
+            raise PlanError(f"eager step ({step.reason}): {len(step.results)} results expected, got {len(results)}")
+        for name, result in zip(step.results, results, strict=True):
+            values[name] = result
+            if name in self._slots and isinstance(result, Tensor):
+                values[name] = result = result.contiguous()
+                self._pointers[self._slots[name]] = result.data_ptr()
+
+    def _allocate_fresh(self, binding: _Binding, values: dict[str, Tensor]) -> None:
+        for spec in self._fresh:
+            values[spec.name] = tensor = torch.empty(binding.table.shape(spec), dtype=spec.dtype)
+            self._pointers[self._slots[spec.name]] = tensor.data_ptr()
+
+    # -- what follows from the shapes ---------------------------------------------------------------------------------
+
+    def _binding(self, inputs: Sequence[Tensor]) -> _Binding:
+        key = tuple(tuple(tensor.shape) for tensor in inputs)
+        if key in self._bindings:
+            self._bindings.move_to_end(key)
+            return self._bindings[key]
+        table = SizeTable(bind_sizes(self.plan, key))
+        binding = self._bind(table)
+        self._bindings[key] = binding
+        if len(self._bindings) > _BINDINGS_KEPT:
+            self._bindings.popitem(last=False)
+        return binding
+
+    def _bind(self, table: SizeTable) -> _Binding:
+        memory = plan_memory(
+            [Lifetime(s.name, prod(table.shape(s)) * s.dtype.itemsize, a, b) for s, a, b in self._arena_values]
+        )
+        kept: list[object] = []
+        segments: list[ctypes.Array[LaunchRecord] | EagerStep] = []
+        groups: list[tuple[Launch, ...]] = []
+        number = 0
+        for group in _segments(self.plan):
+            if isinstance(group, EagerStep):
+                segments.append(group)
+                groups.append(())
+                continue
+            records = (LaunchRecord * len(group))()
+            for position, launch in enumerate(group):
+                self._fill_record(records[position], launch, self._functions[number], table, kept)
+                number += 1
+            segments.append(records)
+            groups.append(group)
+        bytes_ = [sum(table(expr) for expr in f.scratch[i:i + 1]) for f in self._unit.functions for i in range(len(f.scratch))]
+        stride = -(-max(bytes_, default=0) // 4096) * 4096 + ALIGNMENT
+        return _Binding(table, memory, tuple(segments), tuple(groups), stride, tuple(kept))
+
+    def _fill_record(
+        self, record: LaunchRecord, launch: Launch, function: int, table: SizeTable, kept: list[object]
+    ) -> None:
+        slots = (ctypes.c_int32 * max(1, len(launch.arguments)))(*(self._slots[name] for name in launch.arguments))
+        sizes = (ctypes.c_int64 * max(1, len(launch.kernel.sizes)))(*(table.sizes[s] for s in launch.kernel.sizes))
+        kept += [slots, sizes]
+        record.kernel = function
+        record.slots, record.sizes = ctypes.addressof(slots), ctypes.addressof(sizes)
+        record.arguments = len(launch.arguments)
+        record.solo = int(self._threads == 1 or work(launch.kernel, table) < _SOLO_WORK)
+
+    def _place(self, binding: _Binding) -> None:
+        """Point the values of the arena to their places for this binding."""
+        if self._placed is binding:
+            return
+        if self._arena.numel() < binding.memory.arena_bytes:
+            self._arena = torch.empty(binding.memory.arena_bytes, dtype=torch.uint8)
+        if self._scratch.numel() < self._threads * binding.scratch_stride:
+            self._scratch = torch.empty(self._threads * binding.scratch_stride, dtype=torch.uint8)
+        base = self._arena.data_ptr()
+        for name, offset in binding.memory.offsets.items():
+            self._pointers[self._slots[name]] = base + offset
+        self._placed = binding
+
+    def after_fork(self) -> None:
+        """In a child process: a lock that another thread of the parent held would never be released."""
+        self._lock = threading.Lock()
+
+
+_executables: weakref.WeakSet[Executable] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for executable in _executables:
+        executable.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _number_slots(plan: Plan) -> dict[str, int]:
+    """A place in the pointer table for every value that a launch may touch."""
+    names = [spec.name for spec in plan.inputs] + list(plan.constants)
+    for step in plan.steps:
+        names += step.written() if isinstance(step, Launch) else step.results
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}
+
+
+def _fresh_values(plan: Plan) -> tuple[ValueSpec, ...]:
+    """What launches compute and somebody else than a launch sees: outputs and what eager steps read."""
+    seen = set(plan.outputs)
+    for step in plan.steps:
+        if isinstance(step, EagerStep):
+            seen |= set(step.arguments)
+    written = [name for launch in plan.launches() for name in launch.written()]
+    return tuple(plan.values[name] for name in written if name in seen)
+
+
+def _arena_values(plan: Plan, fresh: Sequence[ValueSpec]) -> tuple[tuple[ValueSpec, int, int], ...]:
+    """The other values of launches with the first and the last step that needs them."""
+    outside = {spec.name for spec in fresh}
+    spans: dict[str, tuple[int, int]] = {}
+    for number, step in enumerate(plan.steps):
+        if not isinstance(step, Launch):
+            continue
+        for name in step.written():
+            if name not in outside:
+                spans[name] = (number, number)
+        for name in step.read():
+            if name in spans:
+                spans[name] = (spans[name][0], number)
+    return tuple((plan.values[name], first, last) for name, (first, last) in spans.items())
+
+
+def _segments(plan: Plan) -> list[tuple[Launch, ...] | EagerStep]:
+    """The steps, with neighbouring launches together."""
+    segments: list[tuple[Launch, ...] | EagerStep] = []
+    for step in plan.steps:
+        if isinstance(step, EagerStep):
+            segments.append(step)
+        elif segments and isinstance(segments[-1], tuple):
+            segments[-1] = (*segments[-1], step)
+        else:
+            segments.append((step,))
+    return segments
+
+
+def _index_message(launch: Launch) -> str:
+    kernel = launch.kernel
+    tables = ", ".join(f"0 <= index < {indirect.extent}" for indirect in kernel.indirects)
+    where = f" ({kernel.sources[0]})" if kernel.sources else ""
+    return f"kernel {kernel.name}{where}: an index is outside its table; expected {tables}"

@@ -1,0 +1,140 @@
+"""What an executable runs: named values, launches of kernels and eager steps between them, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, fx
+
+from torchweld.codegen.ir import Kernel, MatmulPart, Part, RowPart, part_axes, part_terms
+from torchweld.graph.index import evaluate
+from torchweld.graph.terms import Attend, Axis, Contract, Expr, Fold
+
+
+class PlanError(ValueError):
+    """A plan that contradicts itself; names the step and the value."""
+
+
+@dataclass(frozen=True)
+class ValueSpec:
+    """A contiguous tensor: its name in the plan, dtype and shape (expressions of the plan's sizes)."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[Expr, ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel on values of the plan: one name per buffer of the kernel, in its order."""
+
+    kernel: Kernel
+    arguments: tuple[str, ...]
+
+    def written(self) -> tuple[str, ...]:
+        """The values that the launch computes."""
+        pairs = zip(self.kernel.buffers, self.arguments, strict=True)
+        return tuple(name for buffer, name in pairs if buffer.role == "output")
+
+    def read(self) -> tuple[str, ...]:
+        """The values that the launch reads."""
+        pairs = zip(self.kernel.buffers, self.arguments, strict=True)
+        return tuple(name for buffer, name in pairs if buffer.role != "output")
+
+
+@dataclass(frozen=True)
+class EagerStep:
+    """A sub-graph that torch runs, because of `reason`. Arguments are values or sizes (given as integers)."""
+
+    module: fx.GraphModule
+    arguments: tuple[str, ...]
+    results: tuple[str, ...]
+    reason: str
+
+
+Step = Launch | EagerStep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that an executable needs.
+
+    inputs: in call order.  constants: by name, used as they are.  values: specs of everything that steps compute.
+    sizes: the size symbols; each must be the whole extent of some input dimension.
+    """
+
+    inputs: tuple[ValueSpec, ...]
+    constants: Mapping[str, Tensor]
+    values: Mapping[str, ValueSpec]
+    steps: tuple[Step, ...]
+    outputs: tuple[str, ...]
+    sizes: tuple[str, ...]
+
+    def launches(self) -> tuple[Launch, ...]:
+        """The launches in order."""
+        return tuple(step for step in self.steps if isinstance(step, Launch))
+
+    def check(self) -> None:
+        """Raise PlanError unless every value is known where it is read, and every launch fits its kernel."""
+        known = {spec.name for spec in self.inputs} | set(self.constants)
+        for number, step in enumerate(self.steps):
+            where = f"step {number} ({step.kernel.name if isinstance(step, Launch) else 'eager'})"
+            if isinstance(step, Launch):
+                if len(step.arguments) != len(step.kernel.buffers):
+                    expected, given = len(step.kernel.buffers), len(step.arguments)
+                    raise PlanError(f"{where}: the kernel has {expected} buffers, the launch {given} arguments")
+                if extra := set(step.kernel.sizes) - set(self.sizes):
+                    raise PlanError(f"{where}: sizes {sorted(extra)} are not sizes of the plan {self.sizes}")
+                read, written = step.read(), step.written()
+            else:
+                read = tuple(name for name in step.arguments if name not in self.sizes)
+                written = step.results
+            if missing := [name for name in read if name not in known]:
+                raise PlanError(f"{where} reads {missing}, which nothing before it computes")
+            if twice := [name for name in written if name in known]:
+                raise PlanError(f"{where} computes {twice}, which exist already")
+            if isinstance(step, Launch) and (bare := [name for name in written if name not in self.values]):
+                raise PlanError(f"{where} computes {bare}, which have no ValueSpec")
+            known |= set(written)
+        if missing := [name for name in self.outputs if name not in known]:
+            raise PlanError(f"outputs {missing} are computed by no step")
+
+
+class SizeTable:
+    """Values of expressions for one binding of the sizes; every distinct expression is evaluated once."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self.sizes = dict(sizes)
+        self._known: dict[Expr, int] = {}
+
+    def __call__(self, expr: Expr) -> int:
+        """The value of `expr`."""
+        if expr not in self._known:
+            self._known[expr] = int(expr) if expr.is_Integer else evaluate(expr, self.sizes)
+        return self._known[expr]
+
+    def shape(self, spec: ValueSpec) -> tuple[int, ...]:
+        """The shape of a value."""
+        return tuple(self(extent) for extent in spec.shape)
+
+
+def work(kernel: Kernel, table: SizeTable) -> int:
+    """About how many vectorized element operations a launch takes: for deciding whether it is worth sharing out."""
+    return sum(_part_work(part, table) for part in kernel.parts)
+
+
+def _part_work(part: Part, table: SizeTable) -> int:
+    def points(axes: tuple[Axis, ...]) -> int:
+        return prod(table(axis.extent) for axis in axes)
+
+    if isinstance(part, RowPart):
+        folds = sum(points(t.axes) for t in part_terms(part) if isinstance(t, Fold))
+        return points(part.grid) * (points(part.inner) + folds)
+    if isinstance(part, MatmulPart):
+        depth = sum(table(t.k.extent) for t in part_terms(part) if isinstance(t, Contract))
+        return points(part_axes(part)) * (1 + depth // 8)
+    attend = next(t for t in part_terms(part) if isinstance(t, Attend))
+    return points((*part.batch, part.t)) * points((attend.s,)) * (1 + points((part.feature,)) // 8)

@@ -1,0 +1,179 @@
+// A team of threads that walks a list of kernel launches, with a barrier between dependent launches.
+//
+// The caller is thread 0. The others spin for 50 us after a run, in the hope of the next one, and then sleep: an idle
+// process uses no CPU. Barriers spin, and give their core away once they have waited for long (more threads than cores).
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <time.h>
+
+extern "C" {
+
+typedef void (*tw_kernel)(void* const* buffers, const int64_t* sizes, int64_t thread, int64_t threads, char* scratch,
+                          int32_t* error);
+
+// One launch: argument i of the kernel is values[slots[i]]. A solo launch is run by thread 0 alone.
+struct tw_launch {
+    tw_kernel kernel;
+    const int32_t* slots;
+    const int64_t* sizes;
+    int32_t arguments, solo, error, unused;
+};
+
+struct tw_job {
+    tw_launch* launches;
+    int64_t count;
+    void* const* values;
+    char* scratch;
+    int64_t scratch_stride;
+};
+
+struct tw_team {
+    int64_t threads;
+    alignas(64) int64_t generation;  // of the job; a change starts it
+    alignas(64) int64_t arrived;     // at the barrier
+    alignas(64) int64_t phase;       // of the barrier
+    alignas(64) int64_t sleepers;
+    tw_job job;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+};
+
+struct tw_member { tw_team* team; int64_t thread; pthread_t id; };
+
+static const int64_t spin_ns = 50000;
+static const int most_arguments = 512;
+
+static inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+static int64_t now_ns() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000ll + t.tv_nsec;
+}
+
+// Spin until *place differs from `old`; false after 50 us.
+static bool spin_while(const int64_t* place, int64_t old) {
+    for (int i = 0; i < 64; ++i) {
+        if (__atomic_load_n(place, __ATOMIC_ACQUIRE) != old) return true;
+        relax();
+    }
+    const int64_t end = now_ns() + spin_ns;
+    do {
+        for (int i = 0; i < 64; ++i) {
+            if (__atomic_load_n(place, __ATOMIC_ACQUIRE) != old) return true;
+            relax();
+        }
+    } while (now_ns() < end);
+    return false;
+}
+
+static void barrier(tw_team* team) {
+    const int64_t phase = __atomic_load_n(&team->phase, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) == team->threads) {
+        __atomic_store_n(&team->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&team->phase, phase + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    if (spin_while(&team->phase, phase)) return;
+    while (__atomic_load_n(&team->phase, __ATOMIC_ACQUIRE) == phase) sched_yield();
+}
+
+static void call(const tw_job& job, tw_launch& launch, int64_t thread, int64_t threads) {
+    void* buffers[most_arguments];
+    for (int32_t i = 0; i < launch.arguments; ++i) buffers[i] = job.values[launch.slots[i]];
+    launch.kernel(buffers, launch.sizes, thread, threads, job.scratch + thread * job.scratch_stride, &launch.error);
+}
+
+static void walk(tw_team* team, const tw_job& job, int64_t thread) {
+    for (int64_t i = 0; i < job.count; ++i) {
+        const bool solo = job.launches[i].solo;
+        if (i && !(solo && job.launches[i - 1].solo)) barrier(team);
+        if (!solo || thread == 0) call(job, job.launches[i], thread, solo ? 1 : team->threads);
+    }
+    barrier(team);
+}
+
+static void* member_main(void* argument) {
+    tw_member* const member = (tw_member*)argument;
+    tw_team* const team = member->team;
+    int64_t seen = 0;
+    for (;;) {
+        if (!spin_while(&team->generation, seen)) {
+            pthread_mutex_lock(&team->mutex);
+            __atomic_add_fetch(&team->sleepers, 1, __ATOMIC_SEQ_CST);
+            while (__atomic_load_n(&team->generation, __ATOMIC_SEQ_CST) == seen) {
+                pthread_cond_wait(&team->wake, &team->mutex);
+            }
+            __atomic_sub_fetch(&team->sleepers, 1, __ATOMIC_SEQ_CST);
+            pthread_mutex_unlock(&team->mutex);
+        }
+        seen += 1;
+        walk(team, team->job, member->thread);
+    }
+}
+
+static void start(tw_team* team) {
+    __atomic_add_fetch(&team->generation, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&team->sleepers, __ATOMIC_SEQ_CST) == 0) return;
+    pthread_mutex_lock(&team->mutex);
+    pthread_cond_broadcast(&team->wake);
+    pthread_mutex_unlock(&team->mutex);
+}
+
+// A team of `threads` threads with the caller; null if not a single further thread could be started.
+void* tw_team_new(int64_t threads) {
+    void* room = nullptr;
+    if (posix_memalign(&room, 64, sizeof(tw_team))) return nullptr;
+    tw_team* const team = (tw_team*)room;
+    __builtin_memset(room, 0, sizeof(tw_team));
+    team->threads = 1;
+    pthread_mutex_init(&team->mutex, nullptr);
+    pthread_cond_init(&team->wake, nullptr);
+    for (int64_t thread = 1; thread < threads; ++thread) {
+        tw_member* const member = (tw_member*)malloc(sizeof(tw_member));  // lives as long as its thread
+        if (!member) break;
+        member->team = team;
+        member->thread = thread;
+        if (pthread_create(&member->id, nullptr, member_main, member)) break;
+        pthread_detach(member->id);
+        team->threads += 1;
+    }
+    if (team->threads > 1) return team;
+    free(room);
+    return nullptr;
+}
+
+int64_t tw_team_threads(const void* team) { return team ? ((const tw_team*)team)->threads : 1; }
+
+// Run all launches; the number of the first one that met an illegal index, or -1. A null team is the caller alone.
+int64_t tw_run(void* handle, tw_launch* launches, int64_t count, void* const* values, char* scratch,
+               int64_t scratch_stride) {
+    tw_team* const team = (tw_team*)handle;
+    const tw_job job = {launches, count, values, scratch, scratch_stride};
+    bool together = false;
+    for (int64_t i = 0; i < count; ++i) {
+        launches[i].error = 0;
+        together |= !launches[i].solo;
+    }
+    if (team && together) {
+        team->job = job;
+        start(team);
+        walk(team, job, 0);
+    } else {
+        for (int64_t i = 0; i < count; ++i) call(job, launches[i], 0, 1);
+    }
+    for (int64_t i = 0; i < count; ++i)
+        if (launches[i].error) return i;
+    return -1;
+}
+
+}

@@ -1,0 +1,246 @@
+"""Kernel IR to Triton: one readable @triton.jit function per kernel, a launcher, and nothing hidden.
+
+A kernel with several parts gives every part a function of its own; the kernel looks at its program number and runs
+the part that owns it.  Size arguments are int64, so offsets do not overflow however large a batch is; what is known
+to be small stays 32 bits wide.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from math import prod
+from pathlib import Path
+
+from torchweld.codegen.ir import AttentionPart, Buffer, Kernel, MatmulPart, Part, RowPart, Schedule, part_binds, part_terms
+from torchweld.codegen.triton_attention import attend_of, print_attention
+from torchweld.codegen.triton_folds import FoldPrinter
+from torchweld.codegen.triton_frame import Frame
+from torchweld.codegen.triton_matmul import contract_of, dot_dtype, print_matmul
+from torchweld.codegen.triton_rows import print_rows
+from torchweld.codegen.triton_schedule import gpu_schedule, width
+from torchweld.codegen.triton_text import POINTER_NAMES, Names, Value, index_text
+from torchweld.codegen.triton_writer import Writer
+from torchweld.graph.terms import Expr, Load, walk
+
+_INDENT = "    "
+_RESERVED = ("tl", "triton", "torch", "pid", "range", "float", "DOT_DTYPE", "math", "os",
+             "launch", "run", "allocate", "program_count", "reference", "check", "benchmark", "make_inputs",
+             "untouched", "largest_error", "stored_weight", "OUTPUTS", "first", "programs", "aten", "main")
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """A printed kernel.
+
+    source    the helpers and functions; needs `import triton` and `import triton.language as tl` before it
+    entry     the name of the kernel function; its arguments are buffers, sizes, then `DOT_DTYPE` if `has_dot_dtype`
+    launcher  the source of `launch(inputs..., sizes...) -> outputs`, plain Python
+    """
+
+    entry: str
+    source: str
+    launcher: str
+    signature: dict[str, str]
+    warps: int
+    stages: int
+    has_dot_dtype: bool
+    dot_dtype: str
+
+
+def print_kernel(kernel: Kernel) -> str:
+    """The Triton source of `kernel`: device helpers and @triton.jit functions."""
+    return build_triton(kernel).source
+
+
+def build_triton(kernel: Kernel, shrink: int = 0) -> TritonKernel:
+    """Everything that is known of a printed kernel; `shrink` asks for smaller tiles (see gpu_schedule)."""
+    schedules = [gpu_schedule(part, shrink) for part in kernel.parts]
+    helpers: dict[str, None] = {}
+    names = Names({*_RESERVED, *helper_sources(), *kernel.sizes})
+    # `run` has the buffers as parameters: a kernel of the same name would be hidden by them.
+    entry = Names(names.used | {buffer.name for buffer in kernel.buffers}).fresh(kernel.name)
+    names.used.add(entry)
+    pointers = {b.name: names.fresh(f"{b.name}_ptr") for b in kernel.buffers}
+    half = next((d for part in kernel.parts for d in _half_dots(part)), None)
+    head = _arguments(kernel, pointers, half is not None)
+    passed = ", ".join([*pointers.values(), *kernel.sizes, *(["DOT_DTYPE"] if half else [])])
+    functions, calls = [], []
+    for number, (part, schedule) in enumerate(zip(kernel.parts, schedules, strict=True)):
+        body = _part_body(kernel, part, schedule, pointers, Names(set(names.used)), helpers)
+        if len(kernel.parts) == 1:
+            functions.append(_function(entry, head, ["pid = tl.program_id(0)", *body], _summary(kernel)))
+            continue
+        name = names.fresh(f"{kernel.name}_part{number}")
+        functions.append(_function(name, f"pid, {head}", body, _part_summary(part)))
+        calls.append((f"{name}(pid - first, {passed})", partial(program_count, part, schedule)))
+    if len(kernel.parts) != 1:
+        functions.append(_function(entry, head, _dispatch(calls), _summary(kernel)))
+    texts = [text for name, text in helper_sources().items() if name in _needed(helpers)]
+    warps = max((s.warps for s in schedules), default=4)
+    stages = max((s.stages for s in schedules), default=1)
+    signature = {pointers[b.name]: POINTER_NAMES[b.dtype] for b in kernel.buffers} | {s: "i64" for s in kernel.sizes}
+    launcher = _launcher(kernel, entry, schedules, half, (warps, stages))
+    return TritonKernel(
+        entry, "\n\n\n".join([*texts, *functions]) + "\n", launcher, signature, warps, stages, half is not None, half or ""
+    )
+
+
+def _arguments(kernel: Kernel, pointers: dict[str, str], has_dot_dtype: bool) -> str:
+    sizes = [f"{size}: tl.int64" for size in kernel.sizes]
+    return ", ".join([*pointers.values(), *sizes, *(["DOT_DTYPE: tl.constexpr"] if has_dot_dtype else [])])
+
+
+def _part_body(
+    kernel: Kernel, part: Part, schedule: Schedule, pointers: dict[str, str], names: Names, helpers: dict[str, None]
+) -> list[str]:
+    """The lines of one part's function."""
+    writer = Writer(names, helpers=helpers)
+    printer = FoldPrinter(kernel, pointers, writer, Frame(1))
+    printer.count_uses([b.term for b in part_binds(part)] + [s.value for s in part.stores])
+    match part:
+        case RowPart():
+            print_rows(printer, part, schedule)
+        case MatmulPart():
+            print_matmul(printer, part, schedule)
+        case AttentionPart():
+            print_attention(printer, part, schedule)
+    return writer.lines
+
+
+def _function(name: str, arguments: str, body: list[str], summary: str) -> str:
+    head = f"def {name}({arguments}):"
+    if len(head) > 110:
+        head = f"def {name}(\n{_INDENT}{arguments},\n):"
+    lines = [f'"""{summary}"""', *body]
+    return "\n".join(["@triton.jit", head, *(_INDENT + line for line in lines)])
+
+
+def _dispatch(calls: Sequence[tuple[str, Callable[[str], str]]]) -> list[str]:
+    """The programs are numbered part after part."""
+    lines = ["pid = tl.program_id(0)", "first = 0"]
+    for number, (call, programs) in enumerate(calls):
+        lines.append(f"programs = {programs('tl.cdiv')}")
+        lines.append("if (pid >= first) & (pid < first + programs):")
+        lines.append(_INDENT + call)
+        if number < len(calls) - 1:
+            lines.append("first += programs")
+    return lines
+
+
+def program_count(part: Part, schedule: Schedule, divide: str) -> str:
+    """The number of programs of a part as text; `divide` is the name of the division that rounds up."""
+    factors: list[tuple[Expr, int]]
+    match part:
+        case RowPart():
+            factors = [(width(part.grid), schedule.block_rows)]
+        case MatmulPart():
+            tiles = (part.n.extent, schedule.block_n)
+            factors = [(width(part.batch), 1), (width(part.rows), schedule.block_rows), tiles]
+        case AttentionPart():
+            factors = [(width(part.batch), 1), (part.t.extent, schedule.block_rows)]
+    known = prod(-(-int(extent) // block) for extent, block in factors if extent.is_Integer)
+    texts = [_blocks(extent, block, divide) for extent, block in factors if not extent.is_Integer]
+    return " * ".join(texts + [str(known)] * (known != 1 or not texts))
+
+
+def _blocks(extent: Expr, block: int, divide: str) -> str:
+    text = _size_text(extent)
+    return text if block == 1 else f"{divide}({text}, {block})"
+
+
+def _size_text(expr: Expr) -> str:
+    return index_text(expr, lambda symbol: Value(str(symbol))).text
+
+
+def _launcher(
+    kernel: Kernel, entry: str, schedules: list[Schedule], half: str | None, options: tuple[int, int]
+) -> str:
+    """Host functions: allocate the outputs, count the programs, run the kernel; `launch` does all three."""
+    inputs = [b.name for b in kernel.buffers if b.role != "output"]
+    outputs = [b for b in kernel.buffers if b.role == "output"]
+    counts = [program_count(p, s, "triton.cdiv") for p, s in zip(kernel.parts, schedules, strict=True)]
+    arguments = [*(b.name for b in kernel.buffers), *kernel.sizes]
+    passed = [*arguments, f"num_warps={options[0]}", f"num_stages={options[1]}"]
+    dot = []
+    if half is not None:
+        passed.append("DOT_DTYPE=dot_dtype")
+        dot = [
+            "# Triton's interpreter computes bfloat16 wrongly; float32 holds the same values.",
+            f'dot_dtype = tl.{half} if {kernel.buffers[0].name}.device.type != "cpu" else tl.float32',
+        ]
+    sizes = ", ".join(kernel.sizes)
+    first = f"{inputs[0]}.device" if inputs else '"cuda" if torch.cuda.is_available() else "cpu"'
+    named = ", ".join(f"{name}={name}" for name in kernel.sizes)
+    both = ", ".join([*inputs, "*outputs", *([named] if named else [])])
+    functions = [
+        f"OUTPUTS = {tuple(b.name for b in outputs)!r}",
+        _host_function("program_count", sizes, "How many programs a run takes.", [f"return {' + '.join(counts)}"]),
+        _host_function(
+            "allocate", f"{sizes}{', ' if sizes else ''}device", "Outputs, not yet written.",
+            ["return [", *(f"{_INDENT}{_empty(b)}," for b in outputs), "]"],
+        ),
+        _host_function(
+            "run", ", ".join([*arguments, "programs"]), "Run the first `programs` programs on contiguous tensors.",
+            [*dot, "if programs > 0:", f"{_INDENT}{entry}[(programs,)]({', '.join(passed)})"],
+        ),
+        _host_function(
+            "launch", ", ".join([*inputs, *kernel.sizes]), f"Compute {', '.join(b.name for b in outputs)}.",
+            [f"outputs = allocate({sizes}{', ' if sizes else ''}device={first})",
+             f"run({both}, programs=program_count({sizes}))", "return outputs"],
+        ),
+    ]  # fmt: skip
+    return "\n\n\n".join(functions) + "\n"
+
+
+def _host_function(name: str, parameters: str, summary: str, body: list[str]) -> str:
+    return "\n".join([f"def {name}({parameters}):", *(_INDENT + line for line in (f'"""{summary}"""', *body))])
+
+
+def _empty(buffer: Buffer) -> str:
+    shape = ", ".join(_size_text(extent) for extent in buffer.shape)
+    return f"torch.empty([{shape}], dtype={buffer.dtype}, device=device)"
+
+
+def _half_dots(part: Part) -> list[str]:
+    """The 16-bit dtypes that a part gives to tl.dot."""
+    pairs = []
+    if isinstance(part, MatmulPart):
+        pairs = [(contract_of(b).a, contract_of(b).b) for b in part.contracts]
+    elif isinstance(part, AttentionPart):
+        pairs = [(attend_of(part).q, attend_of(part).k)]
+    halves = [a for a, b in pairs if dot_dtype(a, b) == "DOT_DTYPE"]
+    return [str(n.dtype).removeprefix("torch.") for a in halves for n in walk(a) if isinstance(n, Load)]
+
+
+def _summary(kernel: Kernel) -> str:
+    ops = ", ".join(dict.fromkeys(op.removeprefix("aten.") for op in kernel.ops))
+    return f"{kernel.name}: {ops}." if ops else f"{kernel.name}."
+
+
+def _part_summary(part: Part) -> str:
+    return f"Stores {', '.join(dict.fromkeys(store.buffer for store in part.stores))}."
+
+
+@cache
+def helper_sources() -> dict[str, str]:
+    """The device functions of `triton_helpers` by name, as source."""
+    text = Path(__file__).with_name("triton_helpers.py").read_text(encoding="utf-8")
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = "@triton.jit\n" + (ast.get_source_segment(text, node) or "")
+    return found
+
+
+def _needed(helpers: dict[str, None]) -> set[str]:
+    """`helpers` and the helpers that they call."""
+    needed = set(helpers)
+    if "floor_modulo" in needed:
+        needed.add("floor_divide")
+    return needed
+
+
+__all__ = ["TritonKernel", "build_triton", "part_terms", "print_kernel", "program_count"]

@@ -1,0 +1,128 @@
+"""Device functions that printed kernels use: copied into the kernel's file by name, never imported by it.
+
+They exist where Triton has no such function, or only one that its interpreter cannot run (libdevice).  All of them
+take float32 or float64 tiles unless they say otherwise; errors are stated against float32.
+"""
+
+# mypy: ignore-errors
+# Triton's functions have no types: their arguments are tiles, which Python's type system does not know.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """tanh by exp; a series near 0, where 1 - exp(-2x) would cancel. Error below 3 units in the last place."""
+    decay = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - decay) / (1.0 + decay)
+    square = x * x
+    near = x + x * square * (-0.33333333 + square * (0.13333333 - square * 0.053968254))
+    return tl.where(tl.abs(x) < 0.2, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), corrected for the rounding of 1 + x (Goldberg, 1991)."""
+    shifted = 1.0 + x
+    lost = shifted - 1.0
+    corrected = tl.log(shifted) * (x / tl.where(lost == 0.0, 1.0, lost))
+    return tl.where(lost == 0.0, x, tl.where(shifted == float("inf"), shifted, corrected))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1, corrected for the cancellation near 0 (Kahan)."""
+    grown = tl.exp(x)
+    less = grown - 1.0
+    regular = (tl.abs(x) < 1.0) & (less != 0.0)
+    corrected = less * (x / tl.where(regular, tl.log(grown), 1.0))
+    return tl.where(regular, corrected, tl.where(less == 0.0, x, less))
+
+
+@triton.jit
+def sign(x):
+    """-1, 0 or 1 in the dtype of x; 0 for NaN, as torch."""
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@triton.jit
+def round_half_even(x):
+    """Round to the nearest integer, ties to even: the hardware's rounding at 2^23, where floats have no fraction."""
+    size = tl.abs(x)
+    rounded = (size + 8388608.0) - 8388608.0
+    return tl.where(size < 8388608.0, tl.where(x < 0.0, -rounded, rounded), x)
+
+
+@triton.jit
+def floor_divide(a, b):
+    """Integer division towards minus infinity; the hardware's goes towards zero."""
+    quotient = a // b
+    return quotient - ((quotient * b != a) & ((a < 0) != (b < 0))).to(quotient.dtype)
+
+
+@triton.jit
+def floor_modulo(a, b):
+    """The integer remainder that has the sign of b."""
+    return a - floor_divide(a, b) * b
+
+
+@triton.jit
+def float_modulo(a, b):
+    """The remainder that has the sign of b."""
+    rest = a - tl.floor(a / b) * b
+    return tl.where((rest != 0.0) & ((rest < 0.0) != (b < 0.0)), rest + b, rest)
+
+
+@triton.jit
+def power(x, y):
+    """x to the y in float64, where the error of log2 does not grow with the result; whole y for negative x."""
+    base = tl.abs(x).to(tl.float64)
+    exponent = (y + 0.0 * x).to(tl.float64)
+    size = tl.where(base == 1.0, 1.0, tl.exp2(exponent * tl.log2(base)))
+    half = exponent * 0.5
+    is_whole = tl.floor(exponent) == exponent
+    is_odd = is_whole & (tl.floor(half) != half)
+    negative = tl.where(is_whole, tl.where(is_odd, -size, size), float("nan"))
+    result = tl.where(x < 0.0, negative, size)
+    return tl.where(exponent == 0.0, 1.0, result).to(x.dtype)
+
+
+@triton.jit
+def atan2(y, x):
+    """The angle of (x, y): arctangent of the smaller over the larger side (Cephes atanf), then by octant."""
+    wide, high = tl.abs(x), tl.abs(y)
+    larger = tl.where(wide > high, wide, high)
+    smaller = tl.where(wide > high, high, wide)
+    ratio = tl.where(smaller == larger, tl.where(larger == 0.0, 0.0, 1.0), smaller / larger)
+    steep = ratio > 0.41421356
+    t = tl.where(steep, (ratio - 1.0) / (ratio + 1.0), ratio)
+    s = t * t
+    series = (((8.05374449538e-2 * s - 1.38776856032e-1) * s + 1.99777106478e-1) * s - 3.33329491539e-1) * s * t + t
+    angle = tl.where(steep, series + 0.78539816339, series)
+    angle = tl.where(high > wide, 1.57079632679 - angle, angle)
+    angle = tl.where(x < 0.0, 3.14159265359 - angle, angle)
+    angle = tl.where((x != x) | (y != y), float("nan"), angle)
+    return tl.where(y < 0.0, -angle, angle)
+
+
+@triton.jit
+def max_with_nan(x, axis: tl.constexpr, keep_dims: tl.constexpr):
+    """The maximum along an axis; NaN if there is one, which tl.max drops."""
+    top = tl.max(x, axis=axis, keep_dims=keep_dims)
+    has_nan = tl.max((x != x).to(tl.int32), axis=axis, keep_dims=keep_dims)
+    return tl.where(has_nan > 0, float("nan"), top)
+
+
+@triton.jit
+def min_with_nan(x, axis: tl.constexpr, keep_dims: tl.constexpr):
+    """The minimum along an axis; NaN if there is one, which tl.min drops."""
+    bottom = tl.min(x, axis=axis, keep_dims=keep_dims)
+    has_nan = tl.max((x != x).to(tl.int32), axis=axis, keep_dims=keep_dims)
+    return tl.where(has_nan > 0, float("nan"), bottom)
+
+
+@triton.jit
+def multiply(a, b):
+    """The product, as a combination for tl.reduce."""
+    return a * b
