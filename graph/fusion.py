@@ -73,7 +73,11 @@ def weigh(
         gain = sum(groups.cost(member) for member in move) - groups.price(whole.work)
     else:
         gain = sum(measure(groups, groups.lowered[member]) for member in move) - measure(groups, whole)
-    return gain if gain > 0 else Refusal("does not pay by the cost model" if measure is None else "slower as measured", node)
+    return (
+        gain
+        if gain > 0
+        else Refusal("does not pay by the cost model" if measure is None else "slower as measured", node)
+    )
 
 
 def run_fusion(

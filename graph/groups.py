@@ -95,7 +95,9 @@ class Group:
     @cached_property
     def outputs(self) -> tuple[fx.Node, ...]:
         """Computing nodes whose values somebody outside reads (through views or not)."""
-        return tuple(node for node in self.nodes if any(user not in self.members for user in real_users(node)))
+        return tuple(
+            node for node in self.nodes if any(user not in self.members for user in real_users(node))
+        )
 
 
 def has_tensor(node: fx.Node) -> bool:
@@ -112,7 +114,11 @@ def kind_of(node: fx.Node) -> Kind | None:
     if rule is None:
         return None
     parent = node.args[0] if node.args else None
-    if rule.kind == "view" and isinstance(parent, fx.Node) and isinstance(parent.meta.get("val"), (tuple, list)):
+    if (
+        rule.kind == "view"
+        and isinstance(parent, fx.Node)
+        and isinstance(parent.meta.get("val"), (tuple, list))
+    ):
         parent_kind = kind_of(parent)
         return "view" if parent_kind is None else parent_kind
     return rule.kind
@@ -187,7 +193,11 @@ class GroupGraph:
 
     @classmethod
     def of(
-        cls, graph_module: fx.GraphModule, lower: Lowering, price: Callable[[Work], float], hints: Mapping[str, int]
+        cls,
+        graph_module: fx.GraphModule,
+        lower: Lowering,
+        price: Callable[[Work], float],
+        hints: Mapping[str, int],
     ) -> GroupGraph:
         """Every computing node as its own group; those that `lower` refuses become eager groups."""
         graph = cls(graph_module, lower, price, dict(hints))
@@ -195,7 +205,8 @@ class GroupGraph:
             graph.order[node] = position
             if node.op in ("placeholder", "get_attr", "output") or is_free(node) or not has_tensor(node):
                 continue
-            graph._add_node(node)
+            if node not in graph.owner:
+                graph._add_node(node)
         for group in graph.groups.values():
             for operand in real_operands(group.nodes[0]):
                 if operand in graph.owner:
@@ -209,11 +220,13 @@ class GroupGraph:
         if rule_of(node) is not None:
             result = self.lower(group)
         if isinstance(result, Refusal):
-            group = Group(group.id, (node,), eager=result.reason)
+            pieces = tuple(node.users) if isinstance(node.meta.get("val"), (tuple, list)) else ()
+            group = Group(group.id, (node, *pieces), eager=result.reason)
         else:
             self.lowered[group.id] = result
         self.groups[group.id] = group
-        self.owner[node] = group.id
+        for member in group.nodes:
+            self.owner[member] = group.id
         self.dag.add_node(group.id)
 
     def _close(self) -> None:
@@ -237,7 +250,7 @@ class GroupGraph:
             below |= self.descendants[member]
             above |= self.ancestors[member]
             mask |= 1 << member
-        return below & above & ~mask == 0
+        return bool(below & above & ~mask == 0)
 
     def joined(self, members: Iterable[int]) -> Group:
         """The group that contracting `members` would make (it has no number yet)."""
@@ -299,12 +312,14 @@ class GroupGraph:
 
     def topological(self) -> list[Group]:
         """Groups in an order in which every group follows what it reads; ties by position in the graph."""
-        order = nx.lexicographical_topological_sort(self.dag, key=lambda g: self.order[self.groups[g].nodes[0]])
+        order = nx.lexicographical_topological_sort(
+            self.dag, key=lambda g: self.order[self.groups[g].nodes[0]]
+        )
         return [self.groups[group] for group in order]
 
     def nbytes(self, expr: Expr) -> int:
         """An expression of sizes at the hinted sizes."""
-        return evaluate(expr, self.hints)
+        return int(evaluate(expr, self.hints))
 
 
 def _bits(mask: int) -> Iterator[int]:

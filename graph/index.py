@@ -147,7 +147,9 @@ class Ranges:
         rest: Expr = ZERO
         for part in sympy.Add.make_args(sympy.expand(a)):
             quotient = part / b
-            if quotient.is_Integer or (sympy.denom(quotient) == 1 and not sympy.fraction(quotient)[1].free_symbols):
+            if quotient.is_Integer or (
+                sympy.denom(quotient) == 1 and not sympy.fraction(quotient)[1].free_symbols
+            ):
                 whole += quotient
             elif b.is_Integer and part.as_coeff_Mul()[0].is_Integer and abs(part.as_coeff_Mul()[0]) > b > 1:
                 coefficient, tail = part.as_coeff_Mul()

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import sympy
 import torch
 
-Expr = sympy.Expr
+Expr: TypeAlias = sympy.Expr
 
 
 def axis_symbol(name: str) -> sympy.Symbol:
@@ -255,7 +255,9 @@ def bound_axes(term: Term) -> tuple[Axis, ...]:
             return ()
 
 
-def free_symbols(term: Term, cache: dict[int, frozenset[sympy.Symbol]] | None = None) -> frozenset[sympy.Symbol]:
+def free_symbols(
+    term: Term, cache: dict[int, frozenset[sympy.Symbol]] | None = None
+) -> frozenset[sympy.Symbol]:
     """Axis, size and indirect symbols that `term` depends on (those that a node inside sums over excluded)."""
     cache = {} if cache is None else cache
     for node in walk(term):
@@ -270,7 +272,9 @@ def free_symbols(term: Term, cache: dict[int, frozenset[sympy.Symbol]] | None = 
     return cache[id(term)]
 
 
-def rebuild(term: Term, new_children: Sequence[Term], index: Callable[[Expr], Expr] = lambda expr: expr) -> Term:
+def rebuild(
+    term: Term, new_children: Sequence[Term], index: Callable[[Expr], Expr] = lambda expr: expr
+) -> Term:
     """`term` with other operands and with `index` applied to its own index expressions."""
     match term:
         case IndexValue():
@@ -278,7 +282,9 @@ def rebuild(term: Term, new_children: Sequence[Term], index: Callable[[Expr], Ex
         case Load():
             return Load(term.dtype, term.buffer, tuple(map(index, term.index)))
         case Decode():
-            return Decode(term.dtype, term.format, term.buffer, tuple(map(index, term.row)), index(term.column))
+            return Decode(
+                term.dtype, term.format, term.buffer, tuple(map(index, term.row)), index(term.column)
+            )
         case Op():
             return Op(term.dtype, term.name, tuple(new_children))
         case Guard():
@@ -306,7 +312,9 @@ def transform(
     def visit(term: Term) -> Term:
         if id(term) not in done:
             new = replace(term)
-            done[id(term)] = new if new is not None else rebuild(term, [visit(c) for c in children(term)], index)
+            done[id(term)] = (
+                new if new is not None else rebuild(term, [visit(c) for c in children(term)], index)
+            )
         return done[id(term)]
 
     return visit(root)

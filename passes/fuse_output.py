@@ -37,7 +37,9 @@ def check(groups: GroupGraph, move: Move) -> Refusal | None:
     if writes_side_by_side(consumer):
         return None
     if not (has_anchor(producer) and has_anchor(consumer)):
-        return Refusal("only one of them is built around a matmul: vertical fusion joins those", consumer.nodes[0])
+        return Refusal(
+            "only one of them is built around a matmul: vertical fusion joins those", consumer.nodes[0]
+        )
     return None
 
 

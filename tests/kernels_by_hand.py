@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from sympy import Integer
 
-from torchweld.codegen.ir import AttentionPart, Bind, Buffer, Indirect, Kernel, MatmulPart, RowPart, Store, size_symbol
+from torchweld.codegen.ir import (
+    AttentionPart,
+    Bind,
+    Buffer,
+    Indirect,
+    Kernel,
+    MatmulPart,
+    RowPart,
+    Store,
+    size_symbol,
+)
 from torchweld.graph.terms import (
     Attend,
     Axis,
@@ -72,7 +82,12 @@ def softmax_argmax(width: int = 37) -> Kernel:
     top = Bind("top", Fold(F32, Monoid("max"), (k,), Load(F32, "x", (b.symbol, k.symbol))))
     total = Bind(
         "total",
-        Fold(F32, Monoid("sum"), (j,), op("exp", op("sub", Load(F32, "x", (b.symbol, j.symbol)), Ref(F32, "top")))),
+        Fold(
+            F32,
+            Monoid("sum"),
+            (j,),
+            op("exp", op("sub", Load(F32, "x", (b.symbol, j.symbol)), Ref(F32, "top"))),
+        ),
     )
     x = Load(F32, "x", (b.symbol, d.symbol))
     value = op("div", op("exp", op("sub", x, Ref(F32, "top"))), Ref(F32, "total"))
@@ -107,7 +122,9 @@ def gather_and_concat(rows: int = 11, width: int = 5) -> Kernel:
     )  # fmt: skip
 
 
-def norm_gated_linear(format: str = "Q8_0", width: int = 64, features: int = 24, row_bytes: int = 68) -> Kernel:
+def norm_gated_linear(
+    format: str = "Q8_0", width: int = 64, features: int = 24, row_bytes: int = 68
+) -> Kernel:
     """y = silu(n @ gate.T) * (n @ up.T) + r, n = rms_norm(x); both weights stored in `format` ("F32" means dense)."""
     b, s, n = _axis("b", B), _axis("s", S), _axis("n", features)
     k, j = _axis("k", width), _axis("j", width)
@@ -148,7 +165,12 @@ def batched_matmul_pair() -> Kernel:
         F32, k, Load(F32, "x", (b.symbol, m.symbol, k.symbol)), Load(F32, "y", (b.symbol, k.symbol, n.symbol))
     )
     part = MatmulPart(
-        (b,), (m,), n, (), (Bind("acc", first),), (Store("c", (b.symbol, m.symbol, n.symbol), Ref(F32, "acc")),)
+        (b,),
+        (m,),
+        n,
+        (),
+        (Bind("acc", first),),
+        (Store("c", (b.symbol, m.symbol, n.symbol), Ref(F32, "acc")),),
     )
     m2, n2, k2 = _axis("m2", S), _axis("n2", 17), _axis("k2", 7)
     second = Contract(

@@ -115,7 +115,10 @@ class Meaning:
     """Reads the nodes of `inside` as terms; every other node is a buffer named by `buffer_of`."""
 
     def __init__(
-        self, rules: Callable[[fx.Node], Rule | None], inside: Collection[fx.Node], buffer_of: Callable[[fx.Node], str]
+        self,
+        rules: Callable[[fx.Node], Rule | None],
+        inside: Collection[fx.Node],
+        buffer_of: Callable[[fx.Node], str],
     ) -> None:
         self.rules = rules
         self.inside = inside
@@ -203,5 +206,6 @@ def broadcast_index(shape: Sequence[Expr], out_shape: Sequence[Expr], index: Ind
     """The index in an operand of `shape` for an output `index`: dimensions of size 1 stay at 0."""
     skip = len(out_shape) - len(shape)
     return tuple(
-        ZERO if size == ONE and out_shape[skip + dim] != ONE else index[skip + dim] for dim, size in enumerate(shape)
+        ZERO if size == ONE and out_shape[skip + dim] != ONE else index[skip + dim]
+        for dim, size in enumerate(shape)
     )

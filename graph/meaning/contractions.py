@@ -60,7 +60,9 @@ def _batch_index(shape: Index, out_batch: Index, index: Index) -> Index:
     """The batch dimensions of an operand of a broadcasting matmul."""
     own = shape[:-2]
     skip = len(out_batch) - len(own)
-    return tuple(ZERO if size == ONE and out_batch[skip + d] != ONE else index[skip + d] for d, size in enumerate(own))
+    return tuple(
+        ZERO if size == ONE and out_batch[skip + d] != ONE else index[skip + d] for d, size in enumerate(own)
+    )
 
 
 def _matmul(meaning: Meaning, node: fx.Node, index: Index) -> Term:
@@ -75,7 +77,9 @@ def _matmul(meaning: Meaning, node: fx.Node, index: Index) -> Term:
         return _contract(meaning, node, a, (*a_batch, *row, None), b, (*b_batch, None, *column), a_shape[-1])
     out_batch, batch = shape_of(node)[:-2], index[:-2]
     a_batch, b_batch = _batch_index(a_shape, out_batch, batch), _batch_index(b_shape, out_batch, batch)
-    return _contract(meaning, node, a, (*a_batch, index[-2], None), b, (*b_batch, None, index[-1]), a_shape[-1])
+    return _contract(
+        meaning, node, a, (*a_batch, index[-2], None), b, (*b_batch, None, index[-1]), a_shape[-1]
+    )
 
 
 def _add_matmul(meaning: Meaning, node: fx.Node, index: Index) -> Term:
@@ -106,7 +110,9 @@ def _attention(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     visible = None
     if isinstance(mask, fx.Node):
         kind = torch.bool if tensor_of(mask).dtype == torch.bool else dtype
-        visible = meaning.operand(mask, (q_shape[0], q_shape[1], q_shape[2], k_shape[2]), (b, h, t, s.symbol), kind)
+        visible = meaning.operand(
+            mask, (q_shape[0], q_shape[1], q_shape[2], k_shape[2]), (b, h, t, s.symbol), kind
+        )
     return Attend(
         dtype, s, d,
         cast(meaning.value(query, (b, h, t, d.symbol)), dtype),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from sympy import Integer
@@ -22,7 +22,7 @@ from torchweld.graph.meaning.context import (
     tensor_of,
 )
 from torchweld.graph.ops import rope as _rope_op  # noqa: F401  registers torchweld::rope
-from torchweld.graph.terms import Guard, Term, cast, const, op
+from torchweld.graph.terms import Const, Guard, Term, cast, const, op
 
 aten = torch.ops.aten
 DEFAULT = ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT
@@ -35,7 +35,7 @@ def _number(term: Term, value: float) -> Term:
     return const(value, term.dtype)
 
 
-def _computation_dtype(args: list[object], kind: ELEMENTWISE_TYPE_PROMOTION_KIND) -> torch.dtype:
+def _computation_dtype(args: Sequence[object], kind: ELEMENTWISE_TYPE_PROMOTION_KIND) -> torch.dtype:
     """The dtype that torch's type promotion computes in, for metas and numbers."""
     values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
     computation, _ = elementwise_dtypes(*values, type_promotion_kind=kind)
@@ -97,7 +97,9 @@ def _gelu(x: Term, *, approximate: str = "none") -> Term:
     half_x = op("mul", x, _number(x, 0.5))
     if approximate == "tanh":
         cube = op("mul", op("mul", x, x), x)
-        inner = op("mul", op("add", x, op("mul", cube, _number(x, 0.044715))), _number(x, math.sqrt(2 / math.pi)))
+        inner = op(
+            "mul", op("add", x, op("mul", cube, _number(x, 0.044715))), _number(x, math.sqrt(2 / math.pi))
+        )
         return op("mul", half_x, op("add", op("tanh", inner), _number(x, 1.0)))
     return op("mul", half_x, op("add", op("erf", op("mul", x, _number(x, math.sqrt(0.5)))), _number(x, 1.0)))
 
@@ -136,7 +138,7 @@ def _square(x: Term) -> Term:
 
 
 def _pow(a: Term, b: Term) -> Term:
-    value = getattr(b, "value", None)
+    value = b.value if isinstance(b, Const) else None
     simple: Mapping[float, Callable[[Term], Term]] = {
         1: lambda x: x,
         2: _square,
@@ -145,7 +147,7 @@ def _pow(a: Term, b: Term) -> Term:
         -0.5: lambda x: op("rsqrt", x),
         -1: lambda x: op("reciprocal", x),
     }
-    if value in simple and (a.dtype.is_floating_point or value in (1, 2, 3)):
+    if value is not None and value in simple and (a.dtype.is_floating_point or value in (1, 2, 3)):
         return simple[value](a)
     return op("pow", a, b)
 
@@ -186,7 +188,9 @@ def _lerp(a: Term, b: Term, weight: Term) -> Term:
     return op("add", a, op("mul", weight, op("sub", b, a)))
 
 
-def _nan_to_num(x: Term, nan: float | None = None, posinf: float | None = None, neginf: float | None = None) -> Term:
+def _nan_to_num(
+    x: Term, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
+) -> Term:
     limits = torch.finfo(x.dtype) if x.dtype.is_floating_point else None
     if limits is None:
         return x
@@ -222,14 +226,21 @@ def _where(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     condition, yes, no = node.args[:3]
     shape, dtype = shape_of(node), compute_dtype(tensor_of(node).dtype)
     chosen = meaning.operand(condition, shape, index, torch.bool)
-    return op("where", chosen, meaning.operand(yes, shape, index, dtype), meaning.operand(no, shape, index, dtype))
+    return op(
+        "where", chosen, meaning.operand(yes, shape, index, dtype), meaning.operand(no, shape, index, dtype)
+    )
 
 
 def _masked_fill(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     source, mask, fill = node.args[:3]
     shape, dtype = shape_of(node), compute_dtype(tensor_of(node).dtype)
     chosen = meaning.operand(mask, shape, index, torch.bool)
-    return op("where", chosen, meaning.operand(fill, shape, index, dtype), meaning.operand(source, shape, index, dtype))
+    return op(
+        "where",
+        chosen,
+        meaning.operand(fill, shape, index, dtype),
+        meaning.operand(source, shape, index, dtype),
+    )
 
 
 def _clamp_rule(meaning: Meaning, node: fx.Node, index: Index) -> Term:
@@ -279,7 +290,9 @@ _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
 def _table() -> dict[object, Rule]:
-    rules: dict[object, Rule] = {getattr(aten, n).default: elementwise(_plain(n), 1, k) for n, k in _UNARY.items()}
+    rules: dict[object, Rule] = {
+        getattr(aten, n).default: elementwise(_plain(n), 1, k) for n, k in _UNARY.items()
+    }
     for name in _COMPARISONS:
         for overload in ("Tensor", "Scalar"):
             rules[getattr(getattr(aten, name), overload)] = elementwise(_plain(name), 2)

@@ -66,7 +66,13 @@ def _count(shape: Index, dims: Sequence[int], dtype: torch.dtype) -> Term:
 
 
 def _fold(
-    meaning: Meaning, source: fx.Node, dims: Sequence[int], index: Index, keepdim: bool, kind: str, dtype: torch.dtype
+    meaning: Meaning,
+    source: fx.Node,
+    dims: Sequence[int],
+    index: Index,
+    keepdim: bool,
+    kind: str,
+    dtype: torch.dtype,
 ) -> Term:
     inner, axes = _fold_index(meaning, shape_of(source), dims, index, keepdim)
     body = cast(meaning.value(source, inner), dtype)
@@ -207,7 +213,9 @@ def _normalized_dims(node: fx.Node) -> tuple[int, ...]:
     return tuple(range(rank - len(sizes), rank))
 
 
-def _affine(meaning: Meaning, node: fx.Node, index: Index, value: Term, dims: tuple[int, ...], bias: object) -> Term:
+def _affine(
+    meaning: Meaning, node: fx.Node, index: Index, value: Term, dims: tuple[int, ...], bias: object
+) -> Term:
     """value * weight + bias, both of the normalized shape."""
     weight = argument(node, 2, "weight")
     inner = tuple(index[dim] for dim in dims)
@@ -229,7 +237,9 @@ def _rms_norm(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     x = cast(meaning.value(source, inner), dtype)
     mean = op("div", Fold(dtype, Monoid("sum"), axes, op("mul", x, x)), _count(shape, dims, dtype))
     scale = op("rsqrt", op("add", mean, const(epsilon, dtype)))  # type: ignore[arg-type]
-    return _affine(meaning, node, index, op("mul", cast(meaning.value(source, index), dtype), scale), dims, None)
+    return _affine(
+        meaning, node, index, op("mul", cast(meaning.value(source, index), dtype), scale), dims, None
+    )
 
 
 def _layer_norm(meaning: Meaning, node: fx.Node, index: Index) -> Term:

@@ -76,7 +76,9 @@ def _expand(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     source = _source(node)
     old, new = shape_of(source), shape_of(node)
     skip = len(new) - len(old)
-    inner = tuple(ZERO if old[d] == ONE and new[skip + d] != ONE else index[skip + d] for d in range(len(old)))
+    inner = tuple(
+        ZERO if old[d] == ONE and new[skip + d] != ONE else index[skip + d] for d in range(len(old))
+    )
     return meaning.value(source, inner)
 
 
@@ -134,7 +136,9 @@ def _repeat_interleave(meaning: Meaning, node: fx.Node, index: Index) -> Term:
         raise Unsupported(f"{node.name}: repeat_interleave of a flattened tensor")
     d = normalize_dim(dim, len(index))
     repeats = scalar_expr(node.args[1])
-    return meaning.value(_source(node), (*index[:d], meaning.ranges.floordiv(index[d], repeats), *index[d + 1 :]))
+    return meaning.value(
+        _source(node), (*index[:d], meaning.ranges.floordiv(index[d], repeats), *index[d + 1 :])
+    )
 
 
 def _unfolded_pieces(meaning: Meaning, node: fx.Node, index: Index) -> Term:
@@ -180,7 +184,12 @@ def _cat(meaning: Meaning, node: fx.Node, index: Index) -> Term:
 
 
 def _choose(
-    meaning: Meaning, pieces: Sequence[fx.Node], starts: Sequence[Expr], index: Index, dim: int, dtype: torch.dtype
+    meaning: Meaning,
+    pieces: Sequence[fx.Node],
+    starts: Sequence[Expr],
+    index: Index,
+    dim: int,
+    dtype: torch.dtype,
 ) -> Term:
     """The element of the piece whose range holds index[dim]; the last piece needs no test."""
     position = index_value(index[dim])
@@ -232,7 +241,9 @@ def _constant_pad(meaning: Meaning, node: fx.Node, index: Index) -> Term:
             continue
         inner[dim] = index[dim] - before
         position = index_value(inner[dim])
-        within = op("and", op("ge", position, const(0, torch.int64)), op("lt", position, index_value(shape[dim])))
+        within = op(
+            "and", op("ge", position, const(0, torch.int64)), op("lt", position, index_value(shape[dim]))
+        )
         condition = within if condition is inside else op("and", condition, within)
     value = meaning.value(source, tuple(inner))
     other = const(0 if fill is None else fill, dtype)  # type: ignore[arg-type]
@@ -306,8 +317,14 @@ def _dequantize(meaning: Meaning, node: fx.Node, index: Index) -> Term:
 
 
 def _full(meaning: Meaning, node: fx.Node, index: Index) -> Term:
-    fill = {aten.zeros.default: 0, aten.zeros_like.default: 0, aten.ones.default: 1, aten.ones_like.default: 1,
-            aten.new_zeros.default: 0, aten.new_ones.default: 1}.get(node.target)  # type: ignore[call-overload]
+    fill = {
+        aten.zeros.default: 0,
+        aten.zeros_like.default: 0,
+        aten.ones.default: 1,
+        aten.ones_like.default: 1,
+        aten.new_zeros.default: 0,
+        aten.new_ones.default: 1,
+    }.get(node.target)  # type: ignore[call-overload]
     if fill is None:
         position = {aten.new_full.default: 2, aten.scalar_tensor.default: 0}.get(node.target, 1)  # type: ignore[call-overload]
         fill = node.args[position]

@@ -1,0 +1,28 @@
+"""`torchweld bench`: the optimized model against torch eager."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+
+from torchweld.optimizer.bench import interleave
+from torchweld.optimizer.commands.subject import Wish, compile_model
+
+
+def bench_model(spec: str, wish: Wish, rounds: int, console: Console, *, as_json: bool) -> None:
+    """Time both on the same inputs and the same number of threads; print a table or JSON."""
+    if wish.threads is not None:
+        torch.set_num_threads(wish.threads)
+    job = compile_model(spec, wish)
+    subject = job.subject
+    with torch.no_grad(), subject.phase("time"):
+        result = interleave(
+            lambda: job(*subject.inputs), lambda: subject.loaded.module(*subject.inputs), rounds=rounds
+        )
+    if as_json:
+        print(result.to_json())
+        return
+    title = (
+        f"{subject.loaded.name}, inputs {subject.sizes}, {torch.get_num_threads()} threads, {rounds} rounds"
+    )
+    console.print(result.table(title).to_rich())

@@ -1,0 +1,209 @@
+"""From a captured program to something that runs: passes, fusion, plan, executable, and the report about it all."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+
+from torchweld.codegen.build_plan import BuiltPlan, PlanRefused, build_plan
+from torchweld.codegen.cache import Cache
+from torchweld.codegen.executable import BuildError, Executable
+from torchweld.codegen.ir import AttentionPart, MatmulPart, Part
+from torchweld.codegen.lower import LoweredGroup
+from torchweld.codegen.plan import EagerStep, Launch
+from torchweld.codegen.probe import measured_target
+from torchweld.codegen.work import moved_and_minimum
+from torchweld.graph.cost import roofline_microseconds
+from torchweld.graph.fusion import Measure
+from torchweld.graph.groups import Group, GroupGraph
+from torchweld.graph.index import evaluate
+from torchweld.graph.program import Program, source_line
+from torchweld.graph.target import Target
+from torchweld.optimizer.environment import apply_logs, read_environment
+from torchweld.optimizer.ledger import Fallback, LaunchRecord, Ledger
+from torchweld.optimizer.pipeline import (
+    AfterPass,
+    Settings,
+    fuse,
+    pass_names,
+    run_graph_passes,
+    size_hints,
+    timed,
+)
+from torchweld.optimizer.report import Report
+
+log = logging.getLogger(__name__)
+LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compile.
+
+    threads: of the CPU executable; None means torch's.  guide: "model" decides fusions by the cost model, "measure" by
+    timing the candidates.  skip: pass names to leave out (the environment's are added).  fuel: at most this many
+    rewrites.  strict: raise BuildError instead of running eagerly where the graph cannot be compiled.
+    target: ceilings to use instead of this machine's measured ones.
+    """
+
+    threads: int | None = None
+    guide: str = "model"
+    skip: frozenset[str] = frozenset()
+    fuel: int | None = None
+    strict: bool = False
+    target: Target | None = None
+    cache: Cache | None = None
+    after_pass: AfterPass | None = None
+
+    def __post_init__(self) -> None:
+        if self.guide not in ("model", "measure"):
+            raise ValueError(f"guide={self.guide!r}: expected 'model' or 'measure'")
+
+
+@dataclass
+class Compiled:
+    """A compiled program.  `executable` is None where it runs eagerly; `eager_reason` then says why."""
+
+    program: Program
+    fused: GroupGraph
+    built: BuiltPlan | None
+    executable: Executable | None
+    report: Report
+    hints: Mapping[str, int]
+    eager_reason: str | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def __call__(self, *flat_inputs: object) -> tuple[object, ...]:
+        """Run on flat inputs (one per placeholder) and give the flat results; no autograd."""
+        if self.executable is None or self.built is None:
+            with torch.no_grad():
+                result = self.program.graph_module(*flat_inputs)
+            return tuple(result)
+        tensors = [flat_inputs[position] for position in self.built.tensor_inputs]
+        values = self.executable(*tensors)  # type: ignore[arg-type]
+        return tuple(constant if at is None else values[at] for at, constant in self.built.results)
+
+    def run(self, *args: object, **kwargs: object) -> object:
+        """Run with the source model's signature."""
+        flat = self.program.flatten_inputs(args, kwargs)
+        return self.program.unflatten_outputs(self(*flat))
+
+
+def compile_program(
+    program: Program, *, options: Options = Options(), example_inputs: Sequence[Tensor] | None = None,
+    name: str | None = None, measure: Measure | None = None,
+) -> Compiled:  # fmt: skip
+    """Compile a captured program for this machine's CPU.
+
+    example_inputs: flat tensors at whose sizes costs are modelled (default: batch 1, other sizes 64).  Where a plan or
+    a compiler is missing, the program runs eagerly, says so once, and `Compiled.eager_reason` keeps the reason.
+    """
+    environment = read_environment(pass_names())
+    apply_logs(environment.logs)
+    cache = options.cache or Cache()
+    ledger = Ledger()
+    with timed(ledger, "ceilings"):
+        target = options.target or measured_target(cache)
+    hints = size_hints(program, tuple(example_inputs) if example_inputs else None)
+    fuel = options.fuel if options.fuel is not None else environment.fuel
+    settings = Settings(
+        target, hints, options.skip | environment.skip, fuel, measure, options.after_pass, ledger
+    )
+    with timed(ledger, "passes"):
+        program = run_graph_passes(program, settings)
+    with timed(ledger, "fusion"):
+        groups = fuse(program, settings)
+    built, executable, reason = _build(groups, options, cache, ledger)
+    if reason is not None and options.strict:
+        raise BuildError(reason)
+    compiled = Compiled(program, groups, built, executable, Report("", target), hints, reason, ledger)
+    compiled.report = make_report(compiled, name or program.name, target)
+    return compiled
+
+
+def _build(
+    groups: GroupGraph, options: Options, cache: Cache, ledger: Ledger
+) -> tuple[BuiltPlan | None, Executable | None, str | None]:
+    """Plan and executable, or why there is none."""
+    built = None
+    try:
+        with timed(ledger, "plan"):
+            built = build_plan(groups)
+        with timed(ledger, "build"):
+            return built, Executable(built.plan, threads=options.threads, cache=cache), None
+    except (PlanRefused, BuildError) as problem:
+        warnings.warn(f"torchweld runs this model eagerly: {problem}", stacklevel=4)
+        return built, None, str(problem)
+
+
+def make_report(compiled: Compiled, name: str, target: Target) -> Report:
+    """The report of a compilation at the hinted sizes."""
+    launches, fallbacks = [], []
+    if compiled.built is not None:
+        layers = group_layers(compiled.fused)
+        for step, number in zip(compiled.built.plan.steps, compiled.built.step_groups, strict=True):
+            if isinstance(step, Launch) and number is not None:
+                launches.append(_launch_record(compiled, step, number, layers[number], target))
+            elif isinstance(step, EagerStep) and number is not None:
+                fallbacks.append(_fallback(compiled.fused.groups[number], step, layers[number]))
+    if compiled.eager_reason is not None:
+        fallbacks = [Fallback("the whole program", compiled.eager_reason)]
+    return Report(
+        model=name, target=target, sizes=tuple(sorted(compiled.hints.items())), passes=tuple(compiled.ledger.passes),
+        launches=tuple(launches), fallbacks=tuple(fallbacks), phases=tuple(compiled.ledger.phases),
+    )  # fmt: skip
+
+
+def _launch_record(
+    compiled: Compiled, step: Launch, number: int, layer: int | None, target: Target
+) -> LaunchRecord:
+    lowered = compiled.fused.lowered[number]
+    assert isinstance(lowered, LoweredGroup)
+    moved, minimum = moved_and_minimum(step.kernel, compiled.hints, target.l2_bytes)
+    flops = evaluate(lowered.work.flops, compiled.hints)
+    return LaunchRecord(
+        step.kernel.name, tuple(_part_kind(part) for part in step.kernel.parts), layer, moved, minimum, flops,
+        roofline_microseconds(moved, flops, target), None, step.kernel.ops, step.kernel.sources,
+    )  # fmt: skip
+
+
+def _part_kind(part: Part) -> str:
+    if isinstance(part, MatmulPart):
+        return "matmul"
+    return "attention" if isinstance(part, AttentionPart) else "row"
+
+
+def _fallback(group: Group, step: EagerStep, layer: int | None) -> Fallback:
+    node = group.nodes[0]
+    return Fallback(f"{node.name} ({node.target})", step.reason, source_line(node), layer)
+
+
+def layer_number(weight: fx.Node) -> int | None:
+    """The first number in a weight's dotted name: `layers.3.attn.q_proj.weight` is in layer 3."""
+    match = LAYER.search(str(weight.target))
+    return int(match.group(1)) if match else None
+
+
+def group_layers(groups: GroupGraph) -> dict[int, int | None]:
+    """The layer of every group: that of its weights; without weights, the latest of what it reads."""
+    layers: dict[int, int | None] = {}
+    for group in groups.topological():
+        weights = [node for node in group.inputs if node.op == "get_attr"]
+        numbers = [n for n in map(layer_number, weights) if n is not None]
+        if weights:
+            layers[group.id] = min(numbers) if numbers else None
+            continue
+        before = [layers[parent] for parent in groups.dag.predecessors(group.id)]
+        layers[group.id] = max((n for n in before if n is not None), default=None)
+    return layers
+
+
+def with_error(report: Report, max_relative_error: float) -> Report:
+    """The report with the measured error against float64."""
+    return replace(report, max_relative_error=max_relative_error)

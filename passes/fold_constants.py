@@ -1,0 +1,98 @@
+"""Compute at compile time what depends on no input.
+
+before:  add(weight, 1.0); permute(weight, [1, 0]); arange(64); rsqrt(full([], 64.0))
+after:   a get_attr of the result, stored as `folded.<node>`; views share the memory of the weight
+why:     (1 + w) of Gemma, transposed weights of GPT-2 and constant masks cost nothing at run time, and
+         patterns can read their numbers
+legal:   every input is a literal or a stored tensor; sizes are fixed; the op is deterministic and writes
+         nothing; the result takes at most 64 MB or 4 times its inputs; stored weight bytes are not decoded
+source:  constant folding, any compiler; the bound is the one of the reliability notes, section 3.3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import fx
+
+from torchweld.graph.edit import insert_weight, replace
+from torchweld.graph.match import constant_tensor, is_tensor, tensor_of
+from torchweld.graph.rewrite import Exactness, NodeSite, Refusal, walk
+
+NAME: Final = "fold_constants"
+EXACTNESS: Exactness = "exact"
+
+MAX_BYTES: Final = 64 * 2**20
+MAX_GROWTH: Final = 4
+
+
+def find(graph_module: fx.GraphModule) -> Iterator[NodeSite]:
+    """Calls of operators on nothing but literals and stored tensors."""
+    for node in walk(graph_module):
+        if (
+            node.op == "call_function"
+            and node.users
+            and isinstance(node.target, torch._ops.OpOverload)
+            and is_tensor(node)
+            and all(source.op == "get_attr" for source in node.all_input_nodes)
+        ):
+            yield NodeSite(node)
+
+
+def check(graph_module: fx.GraphModule, site: NodeSite) -> Refusal | None:
+    """See `legal` above."""
+    node = site.anchor
+    operator = node.target
+    assert isinstance(operator, torch._ops.OpOverload)
+    if operator.namespace != "aten":
+        return Refusal(f"{operator} decodes stored weights or is no ATen op", node)
+    if torch.Tag.nondeterministic_seeded in operator.tags:
+        return Refusal(f"{operator} is random", node)
+    if operator._schema.is_mutable:
+        return Refusal(f"{operator} writes", node)
+    if any(not isinstance(size, int) for size in tensor_of(node).shape):
+        return Refusal("the result has a size that is not fixed", node)
+    taken = sum(_bytes(source) for source in node.all_input_nodes)
+    if not _is_view(operator) and _bytes(node) > max(MAX_BYTES, MAX_GROWTH * taken):
+        return Refusal(f"the result takes {_bytes(node)} bytes, its inputs {taken}", node)
+    return None
+
+
+def rewrite(graph_module: fx.GraphModule, site: NodeSite) -> None:
+    """Run the call on the stored tensors and store its result."""
+    node = site.anchor
+    operator = node.target
+    assert isinstance(operator, torch._ops.OpOverload)
+
+    def stored(source: fx.Node) -> torch.Tensor | None:
+        return constant_tensor(graph_module, source)
+
+    args: Any = fx.node.map_arg(node.args, stored)
+    kwargs: Any = fx.node.map_arg(dict(node.kwargs), stored)
+    with torch.no_grad():
+        result = operator(*args, **kwargs)
+    weight = insert_weight(graph_module, node, _name(graph_module, node), result, made_by=NAME, like=node)
+    replace(node, weight)
+
+
+def _name(graph_module: fx.GraphModule, node: fx.Node) -> str:
+    """A free name: nodes are unique in one graph, but earlier folds may have left theirs behind."""
+    folded = getattr(graph_module, "folded", None)
+    name, count = node.name, 0
+    while folded is not None and hasattr(folded, name):
+        count += 1
+        name = f"{node.name}_{count}"
+    return f"folded.{name}"
+
+
+def _bytes(node: fx.Node) -> int:
+    value = tensor_of(node)
+    return value.numel() * value.element_size()
+
+
+def _is_view(operator: torch._ops.OpOverload) -> bool:
+    """Does the result share the memory of an argument? (reshape decides at run time, so it counts as a
+    copy.)"""
+    return any(result.alias_info is not None for result in operator._schema.returns)

@@ -1,0 +1,380 @@
+"""The parts of an attention: what recognize_attention reads out of a graph, without changing it.
+
+Two spellings are read: `scaled_dot_product_attention`, and matmul - scale - soft cap - masks - softmax -
+matmul, walked from the softmax down to the product of query and key.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import fx
+
+from torchweld.graph.match import (
+    argument,
+    aten,
+    dtype_of,
+    is_call,
+    is_tensor,
+    operand_and_number,
+    rank_of,
+    shape_of,
+)
+from torchweld.graph.rewrite import Refusal
+
+NEVER_A_SCORE: Final = -1e9
+"""What sources write for "hidden" where they do not write -inf. Beside a visible score above -1e9 + 104 its
+exponential is 0 in float32; at such scores float32 steps by 64 and the model has no meaning left."""
+
+
+def hidden_below(dtype: torch.dtype) -> float:
+    """A score of `dtype` at or below this is hidden."""
+    return max(torch.finfo(dtype).min, NEVER_A_SCORE)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One mask on the scores: boolean (True = visible, unless inverted) or numbers that are added.
+
+    `hidden` is the finite number that takes the place of a hidden score where the source writes one instead
+    of -inf; a row without any visible key is then uniform, not zero, so it is kept apart.
+    """
+
+    node: fx.Node
+    inverted: bool = False
+    hidden: float | None = None
+
+    @property
+    def is_boolean(self) -> bool:
+        """Does it choose scores, rather than add to them?"""
+        return dtype_of(self.node) == torch.bool
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Query, key or value: a node, seen through a permutation of its axes if there is one."""
+
+    node: fx.Node
+    order: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Sizes after the permutation."""
+        shape = shape_of(self.node)
+        return shape if self.order is None else tuple(shape[axis] for axis in self.order)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What recognize_attention needs: operands with 3 or 4 axes, the shape [batch, heads, queries, keys] of
+    the scores and what is done to them."""
+
+    query: Operand
+    key: Operand
+    value: Operand
+    shape: tuple[Any, Any, Any, Any]
+    scale: float
+    soft_cap: float
+    masks: tuple[Mask, ...]
+    causal: bool = False
+
+
+def match_sdpa(graph_module: fx.GraphModule, node: fx.Node) -> Attention | Refusal:
+    """Read a scaled_dot_product_attention."""
+    query, key, value = (part for part in node.args[:3])
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    if argument(node, 4, "dropout_p", 0.0) != 0:
+        return Refusal("dropout is training", node)
+    if not all(rank_of(part) == 4 for part in (query, key, value)):
+        return Refusal("query, key and value do not have the axes [batch, heads, positions, features]", node)
+    features = shape_of(query)[3]
+    scale = argument(node, 6, "scale")
+    if scale is None and not isinstance(features, int):
+        return Refusal("the number of features is not fixed", node)
+    causal = bool(argument(node, 5, "is_causal", False))
+    shape = (*shape_of(query)[:3], shape_of(key)[2])
+    if causal and shape[2] != shape[3]:
+        # torch aligns the triangle at the first key, torchweld at the last: equal only for as many keys as
+        # queries.
+        return Refusal("is_causal with different numbers of queries and keys", node)
+    operands = Operand(query), Operand(key), Operand(value)
+    refusal = check_heads(node, *operands, grouped=bool(argument(node, 7, "enable_gqa", False)))
+    if refusal is not None:
+        return refusal
+    mask = argument(node, 3, "attn_mask")
+    scale = 1 / math.sqrt(features) if scale is None else float(scale)
+    masks = (Mask(mask),) if mask is not None else ()
+    return Attention(operands[0], *without_repeats(*operands[1:]), shape, scale, 0.0, masks, causal)
+
+
+def check_heads(
+    node: fx.Node, query: Operand, key: Operand, value: Operand, *, grouped: bool
+) -> Refusal | None:
+    """Batch sizes equal; key and value heads equal to the query's, or one, or (grouped) a divisor."""
+    (batch, heads), keys, values = query.shape[:2], key.shape[:2], value.shape[:2]
+    if keys[0] != batch or values[0] != batch:
+        return Refusal("batch sizes of query, key and value differ", node)
+    if keys[1] != values[1]:
+        return Refusal("key and value have different numbers of heads", node)
+    divides = isinstance(heads, int) and isinstance(keys[1], int) and keys[1] > 0 and heads % keys[1] == 0
+    if keys[1] == heads or keys[1] == 1 or (grouped and divides):
+        return None
+    return Refusal("query heads cannot be grouped over the key heads", node)
+
+
+def without_repeats(key: Operand, value: Operand) -> tuple[Operand, Operand]:
+    """Key and value before every head was repeated for its group of query heads, if both were alike."""
+    bare_key = _before_repeat(key.node) if key.order is None else None
+    bare_value = _before_repeat(value.node)
+    if bare_key is None or bare_value is None or shape_of(bare_key)[1] != shape_of(bare_value)[1]:
+        return key, value
+    return Operand(bare_key), Operand(bare_value)
+
+
+def _before_repeat(node: fx.Node) -> fx.Node | None:
+    """x [b, h, s, d] for reshape(expand(x[:, :, None])) and for repeat_interleave(x, g, 1)."""
+    if is_call(node, aten.repeat_interleave.self_int):
+        source: Any = node.args[0]
+        axis = argument(node, 2, "dim")
+        return source if axis in (1, -3) and rank_of(node) == 4 else None
+    expanded: Any = node.args[0] if is_call(node, aten.reshape.default) else None
+    inserted: Any = expanded.args[0] if is_call(expanded, aten.expand.default) else None
+    if not is_call(inserted, aten.reshape.default) or rank_of(inserted) != 5:
+        return None
+    source = inserted.args[0]
+    batch, heads, one, positions, features = shape_of(inserted)
+    groups = shape_of(expanded)[2]
+    kept = (batch, heads, positions, features)
+    wide = (batch, heads, groups, positions, features)
+    if one != 1 or shape_of(source) != kept or shape_of(expanded) != wide or not isinstance(groups, int):
+        return None
+    return source if shape_of(node) == (batch, heads * groups, positions, features) else None
+
+
+def weights_of(product: fx.Node) -> fx.Node | None:
+    """The softmax whose result the left operand of `product` is, through casts and merged heads."""
+    node: Any = product.args[0]
+    while is_call(node, aten._to_copy.default, aten.reshape.default):
+        node = node.args[0]
+    return (
+        node if is_call(node, aten.softmax.int, aten._softmax.default, aten._safe_softmax.default) else None
+    )
+
+
+def match_naive(graph_module: fx.GraphModule, product: fx.Node) -> Attention | Refusal:
+    """Read matmul(softmax(...), value)."""
+    softmax = weights_of(product)
+    value = product.args[1]
+    assert softmax is not None and isinstance(value, fx.Node)
+    refusal = _check_weights(product, softmax, value)
+    if refusal is not None:
+        return refusal
+    scores: Any = softmax.args[0]
+    walked = _Walk(graph_module)
+    refusal = walked.descend(scores)
+    if refusal is not None:
+        return refusal
+    assert walked.product is not None
+    query, right = walked.product.args
+    assert isinstance(query, fx.Node) and isinstance(right, fx.Node)
+    key, factor = _key(graph_module, right)
+    operands = Operand(query), key, Operand(value)
+    if rank_of(query) == 4:
+        refusal = check_heads(product, *operands, grouped=False)
+        if refusal is not None:
+            return refusal
+        operands = operands[0], *without_repeats(*operands[1:])
+    return Attention(*operands, walked.shape, walked.scale * factor, walked.soft_cap, tuple(walked.masks))
+
+
+def _check_weights(product: fx.Node, softmax: fx.Node, value: fx.Node) -> Refusal | None:
+    """Clauses on the softmax and what multiplies it."""
+    if argument(softmax, 1, "dim") not in (-1, rank_of(softmax) - 1):
+        return Refusal("the softmax is not over the keys", softmax)
+    node = softmax
+    while node is not product:
+        if len(node.users) != 1:
+            return Refusal("the attention weights are used elsewhere", softmax)
+        following = next(iter(node.users))
+        if is_call(following, aten.reshape.default) and shape_of(following)[-2:] != shape_of(node)[-2:]:
+            return Refusal("the attention weights are reshaped beyond batch and heads", following)
+        node = following
+    left: Any = product.args[0]
+    if rank_of(value) not in (3, 4) or rank_of(value) != rank_of(left):
+        return Refusal(
+            "query, key and value do not have the axes [batch, heads, positions, features]", product
+        )
+    return None
+
+
+def _key(graph_module: fx.GraphModule, right: fx.Node) -> tuple[Operand, float]:
+    """Key [.., s, d] and the constant factor on it, from the right operand [.., d, s] of the scores."""
+    scale = 1.0
+    scaled = _times_number(graph_module, right)
+    while scaled is not None:
+        right, scale = scaled[0], scale * scaled[1]
+        scaled = _times_number(graph_module, right)
+    rank = rank_of(right)
+    order = [*range(rank - 2), rank - 1, rank - 2]
+    if is_call(right, aten.permute.default):
+        axes: Any = right.args[1]
+        source: Any = right.args[0]
+        right, order = source, [axes[axis] % rank for axis in order]
+    return Operand(right, None if order == list(range(rank)) else tuple(order)), scale
+
+
+def _times_number(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, float] | None:
+    """(x, c) for x * c and for x / c, c a constant number."""
+    if is_call(node, aten.mul.Tensor):
+        return operand_and_number(graph_module, node)
+    if is_call(node, aten.div.Tensor):
+        found = operand_and_number(graph_module, node, commutative=False)
+        return (found[0], 1 / found[1]) if found is not None and found[1] else None
+    return None
+
+
+@dataclass
+class _Walk:
+    """The way from the softmax down to the product of query and key, and what was met on it."""
+
+    graph_module: fx.GraphModule
+    scale: float = 1.0
+    soft_cap: float = 0.0
+    masks: list[Mask] = field(default_factory=list)
+    shape: tuple[Any, Any, Any, Any] = (1, 1, 1, 1)
+    product: fx.Node | None = None
+
+    def descend(self, scores: fx.Node) -> Refusal | None:
+        """Walk down; what stands on the way that no attention can express is the refusal."""
+        node = scores
+        wide: tuple[Any, ...] | None = None
+        while not is_call(node, aten.matmul.default):
+            if len(node.users) != 1:
+                return Refusal("the scores are used elsewhere", node)
+            if rank_of(node) == 4:
+                wide = shape_of(node)
+            following = self._step(node)
+            if isinstance(following, Refusal):
+                return following
+            node = following
+        if len(node.users) != 1:
+            return Refusal("the scores are used elsewhere", node)
+        self.product = node
+        if rank_of(node) not in (3, 4):
+            return Refusal(
+                "query, key and value do not have the axes [batch, heads, positions, features]", node
+            )
+        if (
+            rank_of(node) == 3 and wide is None
+        ):  # batch and heads are one axis throughout: the op sees one head
+            wide = (shape_of(node)[0], 1, *shape_of(node)[1:])
+        batch, heads, queries, keys = shape_of(node) if wide is None or rank_of(node) == 4 else wide
+        self.shape = (batch, heads, queries, keys)
+        return None
+
+    def _step(self, node: fx.Node) -> fx.Node | Refusal:
+        """One op further down."""
+        below: Any = node.args[0] if node.args else None
+        if is_call(node, aten._to_copy.default) and dtype_of(node).is_floating_point and is_tensor(below):
+            return below if dtype_of(below).is_floating_point else Refusal("the scores are integers", node)
+        if is_call(node, aten.reshape.default):
+            if {rank_of(below), rank_of(node)} != {3, 4} or shape_of(below)[-2:] != shape_of(node)[-2:]:
+                return Refusal("the scores are reshaped beyond batch and heads", node)
+            return below if isinstance(below, fx.Node) else Refusal("the scores have no source", node)
+        scaled = _times_number(self.graph_module, node)
+        if scaled is not None:
+            return self._scale(node, *scaled)
+        if is_call(node, aten.add.Tensor, aten.where.ScalarOther, aten.where.ScalarSelf):
+            return self._mask(node)
+        return Refusal(f"{node.target} stands between the scores and the softmax", node)
+
+    def _scale(self, node: fx.Node, below: fx.Node, factor: float) -> fx.Node | Refusal:
+        if not is_call(below, aten.tanh.default):
+            self.scale *= factor
+            return below
+        if self.scale != 1.0 or self.soft_cap or factor <= 0:
+            return Refusal("a soft cap is scaled once more", node)
+        if len(below.users) != 1:
+            return Refusal("the scores are used elsewhere", below)
+        # cap * tanh(y) = cap * tanh(scale * qk / cap) with scale = cap * (what stands below)
+        self.soft_cap = factor
+        self.scale = factor
+        inner = below.args[0]
+        return inner if isinstance(inner, fx.Node) else Refusal("the soft cap has no source", node)
+
+    def _mask(self, node: fx.Node) -> fx.Node | Refusal:
+        found = self._read_mask(node)
+        if found is None:
+            return Refusal(f"{node.target} stands between the scores and the softmax, and is no mask", node)
+        below, mask = found
+        if self.scale != 1.0 or self.soft_cap:
+            return Refusal("a mask stands before the scale or the soft cap", node)
+        if shape_of(below) != shape_of(node):
+            return Refusal("a mask widens the scores", node)
+        if (
+            rank_of(mask.node) == 3 and rank_of(node) == 4
+        ):  # broadcast from [heads, t, s]: spelled out for the op
+            return Refusal("a mask has heads but no batch", node)
+        self.masks.append(mask)
+        return below
+
+    def _read_mask(self, node: fx.Node) -> tuple[fx.Node, Mask] | None:
+        """(scores below, mask) of an addition or a where."""
+        if is_call(node, aten.add.Tensor):
+            if len(node.args) != 2 or node.kwargs or not all(is_tensor(part) for part in node.args):
+                return None
+            first, second = node.args
+            assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+            if leads_to_product(self.graph_module, first):
+                return first, Mask(second)
+            return (second, Mask(first)) if leads_to_product(self.graph_module, second) else None
+        inverted = is_call(node, aten.where.ScalarSelf)
+        chosen, first, second = node.args
+        number, below = (first, second) if inverted else (second, first)
+        if (
+            not isinstance(number, (int, float))
+            or not isinstance(below, fx.Node)
+            or not isinstance(chosen, fx.Node)
+        ):
+            return None
+        if number > hidden_below(dtype_of(node)):
+            return None
+        return below, Mask(chosen, inverted, None if number == -math.inf else float(number))
+
+
+def leads_to_product(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Is there a product of query and key below `node`, through what may stand between it and the softmax?"""
+    while not is_call(node, aten.matmul.default):
+        if is_call(node, aten.add.Tensor):
+            return any(
+                isinstance(part, fx.Node) and leads_to_product(graph_module, part) for part in node.args
+            )
+        if not is_call(node, *PASSED):
+            return False
+        below = (
+            node.args[1]
+            if is_call(node, aten.where.ScalarOther)
+            else node.args[-1 if _is_scalar_self(node) else 0]
+        )
+        if not isinstance(below, fx.Node) or not is_tensor(below):
+            return False
+        node = below
+    return rank_of(node) in (3, 4)
+
+
+PASSED: Final = (
+    aten._to_copy.default,
+    aten.reshape.default,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.tanh.default,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+)
+
+
+def _is_scalar_self(node: fx.Node) -> bool:
+    return is_call(node, aten.where.ScalarSelf)

@@ -1,0 +1,143 @@
+"""Give every attention one spelling, with a mask kind that is proved.
+
+before:  softmax(scale * q @ k^T [soft cap] + masks) @ v in any order that HF models write;
+         scaled_dot_product_attention; keys and values repeated per group of query heads
+after:   torchweld::attention(q, k, v, mask, mask_kind, window, scale, soft_cap) on unrepeated keys and values
+why:     the scores never reach memory, masks by position are computed in registers, and a KV cache can be
+         derived
+legal:   the weights are used once and not trained with dropout; the softmax is over the keys; nothing
+         stands between the parts but scale, soft cap, masks, casts and merged heads; a mask kind needs a
+         proof over all sizes (see prove_mask), every other mask stays a tensor
+source:  Dao et al., FlashAttention (2022); Ainslie et al., GQA (2023)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import fx
+
+from torchweld.graph.edit import replace
+from torchweld.graph.match import aten, dtype_of, is_call, rank_of, shape_of
+from torchweld.graph.ops import attention as attention_op
+from torchweld.graph.position_rules import make_prover
+from torchweld.graph.positions import Extents
+from torchweld.graph.rewrite import Exactness, Refusal, Spelling, build, walk
+from torchweld.passes.canonicalize_views import read_sizes
+from torchweld.passes.match_attention import Attention, Operand, match_naive, match_sdpa, weights_of
+from torchweld.passes.prove_mask import Verdict, prove_mask
+
+NAME: Final = "recognize_attention"
+EXACTNESS: Exactness = "reassoc"
+
+ATTENTION: Final = torch.ops.torchweld.attention.default
+OPERATOR_FILE: Final = attention_op.__name__  # importing it is what registers ATTENTION
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """`anchor` holds the mixed values; `found` is what stands before it, or why it is no attention of
+    ours."""
+
+    anchor: fx.Node
+    found: Attention | Refusal
+
+
+def find(graph_module: fx.GraphModule) -> Iterator[AttentionSite]:
+    """scaled_dot_product_attention, and products with the result of a softmax."""
+    for node in walk(graph_module):
+        if is_call(node, aten.scaled_dot_product_attention.default):
+            yield AttentionSite(node, match_sdpa(graph_module, node))
+        elif is_call(node, aten.matmul.default) and weights_of(node) is not None:
+            yield AttentionSite(node, match_naive(graph_module, node))
+
+
+def check(graph_module: fx.GraphModule, site: AttentionSite) -> Refusal | None:
+    """See `legal` above; the clauses of the parts are checked where they are matched."""
+    found = site.found
+    if isinstance(found, Refusal):
+        return found
+    if dtype_of(found.value.node) != dtype_of(site.anchor):
+        return Refusal("the result has another dtype than the values", site.anchor)
+    if read_sizes(graph_module, site.anchor, [*found.shape, *found.key.shape]) is None:
+        return Refusal("a symbolic size of the heads cannot be read from any node", site.anchor)
+    return None
+
+
+def rewrite(graph_module: fx.GraphModule, site: AttentionSite) -> None:
+    """Build the attention on [batch, heads, positions, features], and restore the anchor's shape if it had
+    merged batch and heads."""
+    found = site.found
+    assert isinstance(found, Attention)
+    prover = make_prover(graph_module, Extents(*found.shape))
+    verdict = prove_mask(prover, found.masks, causal=found.causal)
+    query, key, value = (
+        build(graph_module.graph, _as_heads(graph_module, site.anchor, node, found), site.anchor, NAME)
+        for node in (found.query, found.key, found.value)
+    )
+    mask = _mask_tensor(graph_module, site.anchor, found, verdict)
+    call = Spelling(
+        ATTENTION, (query, key, value, mask, verdict.kind, verdict.window, found.scale, found.soft_cap)
+    )
+    node = build(graph_module.graph, call, site.anchor, NAME)
+    node.meta["mask_proof"] = verdict.proof
+    if rank_of(site.anchor) == 3:
+        sizes = read_sizes(graph_module, site.anchor, list(shape_of(site.anchor)))
+        node = build(graph_module.graph, Spelling(aten.reshape.default, (node, sizes)), site.anchor, NAME)
+    replace(site.anchor, node)
+
+
+def _as_heads(
+    graph_module: fx.GraphModule, anchor: fx.Node, operand: Operand, found: Attention
+) -> fx.Node | Spelling:
+    """`operand` with batch and heads as two axes: what it was reshaped from, or a reshape."""
+    node = operand.node
+    if len(operand.shape) == 4:
+        return node if operand.order is None else Spelling(aten.permute.default, (node, list(operand.order)))
+    moved: Any = (
+        node if operand.order is None else Spelling(aten.permute.default, (node, list(operand.order)))
+    )
+    shape = (*found.shape[:2], *operand.shape[1:])
+    source = node.args[0]
+    if operand.order is None and is_call(node, aten.reshape.default) and isinstance(source, fx.Node):
+        if shape_of(source) == shape:
+            return source
+    return Spelling(aten.reshape.default, (moved, read_sizes(graph_module, anchor, shape)))
+
+
+def _mask_tensor(
+    graph_module: fx.GraphModule, anchor: fx.Node, found: Attention, verdict: Verdict
+) -> fx.Node | Spelling | None:
+    """All masks that stay tensors as one: booleans joined by and, numbers by +, both by where."""
+    visible: Any = None
+    bias: Any = None
+    for mask in verdict.kept:
+        tensor: Any = mask.node
+        if rank_of(mask.node) == 3:
+            tensor = _split_mask(graph_module, anchor, mask.node, found)
+        if (
+            mask.hidden is not None
+        ):  # scores replaced by a finite number: that is an added one, see prove_mask
+            tensor = Spelling(
+                aten.where.Scalar, (tensor, *((mask.hidden, 0.0) if mask.inverted else (0.0, mask.hidden)))
+            )
+        elif mask.inverted:
+            tensor = Spelling(aten.logical_not.default, (tensor,))
+        if mask.is_boolean and mask.hidden is None:
+            visible = tensor if visible is None else Spelling(aten.logical_and.default, (visible, tensor))
+        else:
+            bias = tensor if bias is None else Spelling(aten.add.Tensor, (bias, tensor))
+    if visible is None or bias is None:
+        only: fx.Node | Spelling | None = visible if bias is None else bias
+        return only
+    return Spelling(aten.where.ScalarOther, (visible, bias, float("-inf")))
+
+
+def _split_mask(graph_module: fx.GraphModule, anchor: fx.Node, mask: fx.Node, found: Attention) -> Spelling:
+    """[batch * heads, t, s] as [batch, heads, t, s]; a leading 1 stays broadcast."""
+    merged, queries, keys = shape_of(mask)
+    leading = [1, 1] if merged == 1 else list(found.shape[:2])
+    return Spelling(aten.reshape.default, (mask, read_sizes(graph_module, anchor, [*leading, queries, keys])))
