@@ -18,8 +18,9 @@ import sympy
 from torchweld.codegen.cpp_attention import print_attention_part
 from torchweld.codegen.cpp_fingerprint import fingerprint, merge_equal_terms
 from torchweld.codegen.cpp_matmul import print_matmul_part
+from torchweld.codegen.cpp_names import PrintError
 from torchweld.codegen.cpp_row import print_row_part
-from torchweld.codegen.cpp_terms import INDENT, KernelNames, buffer_lines
+from torchweld.codegen.cpp_text import KernelNames, buffer_lines, indented
 from torchweld.codegen.ir import AttentionPart, Kernel, MatmulPart, Part
 from torchweld.graph.terms import Expr
 
@@ -36,7 +37,8 @@ FLAGS: Final = (
 )
 
 SIGNATURE: Final = (
-    "void* const* buffers, const int64_t* sizes, int64_t thread, int64_t threads, char* scratch, int32_t* error"
+    "void* const* buffers, const int64_t* sizes, int64_t thread, int64_t threads, char* scratch, "
+    "int32_t* error"
 )
 
 
@@ -70,14 +72,15 @@ def print_kernel(kernel: Kernel, name: str | None = None) -> PrintedKernel:
     body = buffer_lines(kernel, names)
     scratch: list[Expr] = []
     for part in kernel.parts:
-        lines, room = _print_part(kernel, names, part)
+        try:
+            lines, room = _print_part(kernel, names, part)
+        except PrintError as error:
+            raise PrintError(f"kernel {kernel.name}: {error}") from error
         scratch.append(sympy.sympify(room))
         title = " ".join(f"{type(part).__name__}: {_stores(part)}".split())
-        body += ["", f"{{  // {title}", *(t if t.startswith("#") else INDENT + t for t in lines), "}"]
+        body += ["", f"{{  // {title}", *indented(lines), "}"]
     head = [f"// {kernel.name}: {', '.join(kernel.ops)}"] if kernel.ops else [f"// {kernel.name}"]
-    text = "\n".join(
-        [*head, f'extern "C" void {name}({SIGNATURE}) {{', *(_line(t) for t in body), "}", ""]
-    )
+    text = "\n".join([*head, f'extern "C" void {name}({SIGNATURE}) {{', *indented(body), "}", ""])
     return PrintedKernel(name, text, tuple(scratch))
 
 
@@ -116,10 +119,6 @@ def _stores(part: Part) -> str:
     return ", ".join(f"{s.buffer}[{', '.join(map(str, s.index))}]" for s in part.stores)
 
 
-def _line(text: str) -> str:
-    return text if text.startswith("#") or not text else INDENT + text
-
-
 def _unique(name: str, taken: set[str]) -> str:
     number, candidate = 1, name
     while candidate in taken:
@@ -127,4 +126,3 @@ def _unique(name: str, taken: set[str]) -> str:
         candidate = f"{name}_{number}"
     taken.add(candidate)
     return candidate
-

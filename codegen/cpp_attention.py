@@ -6,14 +6,13 @@ a block every row takes its own visible keys only, so a row's bits do not depend
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import sympy
 import torch
 
 from torchweld.codegen.cpp_names import PrintError, converted, literal, unwrapped, value_type
 from torchweld.codegen.cpp_operand import StoredRow, padded, stored_row
-from torchweld.codegen.cpp_terms import INDENT, Emitter, KernelNames
+from torchweld.codegen.cpp_terms import Emitter
+from torchweld.codegen.cpp_text import KernelNames, indented
 from torchweld.codegen.ir import AttentionPart, Kernel
 from torchweld.graph.terms import Attend, Axis, Expr, Term
 
@@ -29,7 +28,7 @@ class _AttentionPrinter:
     def __init__(self, kernel: Kernel, names: KernelNames, part: AttentionPart) -> None:
         attend = part.attend.term
         if not isinstance(attend, Attend):
-            raise PrintError(f"kernel {kernel.name}: {part.attend.name!r} is no Attend but a {type(attend).__name__}")
+            raise PrintError(f"{part.attend.name!r} is no Attend but a {type(attend).__name__}")
         self.kernel, self.names, self.part, self.attend = kernel, names, part, attend
         self.real = torch.float64 if attend.dtype == torch.float64 else torch.float32
         self.kind = value_type(self.real)
@@ -56,7 +55,7 @@ class _AttentionPrinter:
             f"const int64_t query_blocks = {features} ? {tiles} : 0;",
             f"const tw_range share = tw_share({emitter.extents(part.batch)} * query_blocks, thread, threads);",
             "for (int64_t unit = share.begin; unit < share.end; ++unit) {",
-            *_indented(self._tile()),
+            *indented(self._tile()),
             "}",
         ]
         return self.lines, self.scratch
@@ -88,7 +87,10 @@ class _AttentionPrinter:
 
     def _tile(self) -> list[str]:
         emitter, kind, attend = self.emitter, self.kind, self.attend
-        keys, queries = unwrapped(emitter.index(attend.s.extent)), unwrapped(emitter.index(self.part.t.extent))
+        keys, queries = (
+            unwrapped(emitter.index(attend.s.extent)),
+            unwrapped(emitter.index(self.part.t.extent)),
+        )
         least = literal(float("-inf"), self.real)
         return [
             f"const int64_t first_query = unit % query_blocks * {_QUERIES};",
@@ -98,7 +100,7 @@ class _AttentionPrinter:
             f"{kind} greatest[{_QUERIES}], total[{_QUERIES}];",
             *self._queries(least),
             f"for (int64_t key = first_key / {_KEYS} * {_KEYS}; key < last_key; key += {_KEYS}) {{",
-            *_indented(self._block()),
+            *indented(self._block()),
             "}",
             *self._stores(),
         ]
@@ -112,27 +114,32 @@ class _AttentionPrinter:
         emitter.line(f"greatest[r] = {least}, total[r] = 0;")
         f = emitter.axis(part.feature)
         emitter.line(f"for (int64_t {f} = 0; {f} < f_stride; ++{f}) outputs[r * f_stride + {f}] = 0;")
-        last = "0" if attend.mask_kind == "none" else unwrapped(emitter.index(sympy.expand(self._last_key())))
         if attend.mask_kind == "none":
             emitter.line(f"visible_from[r] = 0, visible_to[r] = {keys};")
         else:
-            emitter.line(f"const int64_t last_visible = {last};")
-            start = f"tw_most<int64_t>(0, last_visible - {attend.window - 1})" if attend.mask_kind == "window" else "0"
-            emitter.line(f"visible_from[r] = {start}, visible_to[r] = tw_least<int64_t>({keys}, last_visible + 1);")
-        emitter.line("first_key = tw_least(first_key, visible_from[r]), last_key = tw_most(last_key, visible_to[r]);")
+            last = attend.t + attend.s.extent - attend.t_extent
+            emitter.line(f"const int64_t last_visible = {unwrapped(emitter.index(sympy.expand(last)))};")
+            start = (
+                f"tw_most<int64_t>(0, last_visible - {attend.window - 1})"
+                if attend.mask_kind == "window"
+                else "0"
+            )
+            emitter.line(
+                f"visible_from[r] = {start}, visible_to[r] = tw_least<int64_t>({keys}, last_visible + 1);"
+            )
+        emitter.line(
+            "first_key = tw_least(first_key, visible_from[r]), last_key = tw_most(last_key, visible_to[r]);"
+        )
         self._fill(emitter, attend.q, attend.d, "q_rows", "r", "d_stride")
         body = [f"const int64_t {t} = first_query + r;", *emitter.pop()]
-        return [*emitter.pop(), "for (int64_t r = 0; r < rows; ++r) {", *_indented(body), "}"]
-
-    def _last_key(self) -> Expr:
-        return self.attend.t + self.attend.s.extent - self.attend.t_extent
+        return [*emitter.pop(), "for (int64_t r = 0; r < rows; ++r) {", *indented(body), "}"]
 
     def _fill(self, emitter: Emitter, term: Term, axis: Axis, rows: str, row: str, stride: str) -> None:
         name = emitter.axis(axis)
         place = f"{rows}[{row} * {stride} + {name}]"
         emitter.push((axis.name,))
         emitter.line(f"{place} = {unwrapped(converted(emitter.value(term), term.dtype, self.real))};")
-        for line in emitter.for_range((axis,), None, emitter.pop()):
+        for line in emitter.vector_loop(axis, emitter.pop()):
             emitter.line(line)
         if padded(axis.extent, self.real) != axis.extent:
             extent = unwrapped(emitter.index(axis.extent))
@@ -157,7 +164,7 @@ class _AttentionPrinter:
             "    const int64_t begin = tw_most<int64_t>(visible_from[r] - key, 0);",
             "    const int64_t end = tw_least(visible_to[r] - key, keys);",
             "    if (begin >= end) continue;",
-            *_indented(self._scores()),
+            *indented(self._scores()),
             f"    tw_attend_block<{kind}>(scores + r * {_KEYS}, begin, end, greatest[r], total[r], v_at,"
             f" {unwrapped(self.emitter.index(self.part.feature.extent))}, outputs + r * f_stride);",
             "}",
@@ -179,7 +186,7 @@ class _AttentionPrinter:
             self._fill(emitter, attend.v, self.part.feature, "v_rows", "j", "f_stride")
             emitter.line("v_at[j] = v_rows + j * f_stride;")
         body = [f"const int64_t {s} = key + j;", *emitter.pop()]
-        return [*emitter.pop(), "for (int64_t j = 0; j < keys; ++j) {", *_indented(body), "}"]
+        return [*emitter.pop(), "for (int64_t j = 0; j < keys; ++j) {", *indented(body), "}"]
 
     def _scores(self) -> list[str]:
         """Scale, cap and mask of the visible scores of row r."""
@@ -203,7 +210,7 @@ class _AttentionPrinter:
         inner = [f"const int64_t {s} = key + j;"] if attend.mask is not None else []
         inner += emitter.pop()
         outer = [f"const int64_t {t} = first_query + r;"] if attend.mask is not None else []
-        loop = ["#pragma GCC ivdep", "for (int64_t j = begin; j < end; ++j) {", *_indented(inner), "}"]
+        loop = ["#pragma GCC ivdep", "for (int64_t j = begin; j < end; ++j) {", *indented(inner), "}"]
         body = outer + emitter.pop() + loop
         return emitter.pop() + body
 
@@ -212,7 +219,8 @@ class _AttentionPrinter:
         emitter = self._scope()
         t, f = emitter.axis(part.t), emitter.axis(part.feature)
         emitter.push((part.t.name,))
-        emitter.line(f"const {self.kind} share_of_one = total[r] > 0 ? 1 / total[r] : total[r];  // a row that sees nothing is 0")
+        emitter.line("// a row that saw nothing gives 0")
+        emitter.line(f"const {self.kind} share_of_one = total[r] > 0 ? 1 / total[r] : total[r];")
         ref = f"ref:{part.attend.name}"
         emitter.push((part.feature.name, ref))
         name = self.names.namer.fresh(part.attend.name)
@@ -222,11 +230,7 @@ class _AttentionPrinter:
         for store in part.stores:
             emitter.store(store)
         lines = emitter.pop()
-        for line in emitter.for_range((part.feature,), None, lines):
+        for line in emitter.vector_loop(part.feature, lines):
             emitter.line(line)
         body = [f"const int64_t {t} = first_query + r;", *emitter.pop()]
-        return [*emitter.pop(), "for (int64_t r = 0; r < rows; ++r) {", *_indented(body), "}"]
-
-
-def _indented(lines: Sequence[str]) -> list[str]:
-    return [line if line.startswith("#") else INDENT + line for line in lines]
+        return [*emitter.pop(), "for (int64_t r = 0; r < rows; ++r) {", *indented(body), "}"]

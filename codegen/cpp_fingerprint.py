@@ -136,7 +136,9 @@ class _Writer:
             case Contract():
                 return self.axes((term.k,))
             case Attend():
-                numbers = f"{term.mask_kind} {term.window} {term.scale!r} {term.soft_cap!r} {term.mask is None}"
+                numbers = (
+                    f"{term.mask_kind} {term.window} {term.scale!r} {term.soft_cap!r} {term.mask is None}"
+                )
                 return f"{self.axes((term.s, term.d))} {numbers} {self.all((term.t, term.t_extent))}"
         return ""
 

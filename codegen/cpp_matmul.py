@@ -19,7 +19,8 @@ import torch
 
 from torchweld.codegen.cpp_names import HALVES, PrintError, converted, unwrapped, value_type
 from torchweld.codegen.cpp_operand import StoredRow, padded, runs_along, stored_row
-from torchweld.codegen.cpp_terms import INDENT, Emitter, KernelNames
+from torchweld.codegen.cpp_terms import Emitter
+from torchweld.codegen.cpp_text import INDENT, KernelNames, indented
 from torchweld.codegen.ir import Bind, Kernel, MatmulPart
 from torchweld.graph.terms import Axis, Contract, Expr, Ref, Term, walk
 
@@ -80,7 +81,7 @@ class _MatmulPrinter:
             contract = bind.term
             if not isinstance(contract, Contract) or not contract.dtype.is_floating_point:
                 raise PrintError(
-                    f"kernel {self.kernel.name}: contract {bind.name!r} must be a floating Contract,"
+                    f"contract {bind.name!r} must be a floating Contract,"
                     f" got {type(contract).__name__} of {contract.dtype}"
                 )
             key = (id(contract.a), contract.k.name)
@@ -121,7 +122,7 @@ class _MatmulPrinter:
             "const tw_range share = tw_share(batch * row_blocks * column_blocks, thread, threads);",
             "int64_t ready = -1;  // the block of rows that the scratch memory holds",
             "for (int64_t unit = share.begin; unit < share.end; ++unit) {",
-            *_indented(body),
+            *indented(body),
             "}",
         ]
         return self.lines, self.scratch
@@ -139,7 +140,9 @@ class _MatmulPrinter:
 
     def _allocate(self, name: str, kind: str, itemsize: int, count: Expr) -> None:
         bytes_ = padded(sympy.sympify(count) * itemsize, torch.uint8)
-        self.lines.append(f"{kind}* const {name} = ({kind}*)(scratch + {unwrapped(self.emitter.index(self.scratch))});")
+        self.lines.append(
+            f"{kind}* const {name} = ({kind}*)(scratch + {unwrapped(self.emitter.index(self.scratch))});"
+        )
         self.scratch = sympy.expand(self.scratch + bytes_)
 
     def _room(self) -> None:
@@ -148,9 +151,16 @@ class _MatmulPrinter:
             panel = product.panel
             if panel.name not in done:
                 done.add(panel.name)
-                self.lines.append(f"const int64_t {panel.stride} = {unwrapped(self.emitter.index(panel.width))};")
+                self.lines.append(
+                    f"const int64_t {panel.stride} = {unwrapped(self.emitter.index(panel.width))};"
+                )
                 self._allocate(panel.name, self.kind, self.real.itemsize, panel.width * self.block_rows)
-            self._allocate(product.name, self.kind, self.real.itemsize, sympy.Integer(self.block_rows * self.block_columns))
+            self._allocate(
+                product.name,
+                self.kind,
+                self.real.itemsize,
+                sympy.Integer(self.block_rows * self.block_columns),
+            )
         # One width as a rule; of several (they may hold sizes) the sum is enough for each.
         decoded_rows: dict[Expr, int] = {}
         for product in self.products:
@@ -173,11 +183,11 @@ class _MatmulPrinter:
             *emitter.unflatten("block / row_blocks", part.batch),
             "if (block != ready) {",
             "    ready = block;",
-            *_indented(self._prologue()),
+            *indented(self._prologue()),
             "}",
         ]
         for product in self.products:
-            lines += ["{", *_indented(self._product(product)), "}"]
+            lines += ["{", *indented(self._product(product)), "}"]
         return lines + self._epilogue()
 
     def _prologue(self) -> list[str]:
@@ -195,16 +205,18 @@ class _MatmulPrinter:
                 self._fill_panel(emitter, product.panel)
         body = emitter.pop()
         head = ["const int64_t m = first_row + r;", *emitter.unflatten("m", part.rows)]
-        loop = ["for (int64_t r = 0; first_row + r < block_end; ++r) {", *_indented(head + body), "}"]
+        loop = ["for (int64_t r = 0; first_row + r < block_end; ++r) {", *indented(head + body), "}"]
         return emitter.pop() + loop
 
     def _fill_panel(self, emitter: Emitter, panel: _Panel) -> None:
         k = emitter.axis(panel.k)
         row = f"{panel.name}[r * {panel.stride} + {k}]"
         emitter.push((panel.k.name,))
-        emitter.line(f"{row} = {unwrapped(converted(emitter.value(panel.term), panel.term.dtype, self.real))};")
+        emitter.line(
+            f"{row} = {unwrapped(converted(emitter.value(panel.term), panel.term.dtype, self.real))};"
+        )
         inner = emitter.pop()
-        for line in emitter.for_range((panel.k,), None, inner):
+        for line in emitter.vector_loop(panel.k, inner):
             emitter.line(line)
         if panel.width != panel.k.extent:
             extent = unwrapped(emitter.index(panel.k.extent))
@@ -225,7 +237,9 @@ class _MatmulPrinter:
         lines = [f"const void* {address}[{self.block_columns}];"]
         if product.stored is not None:
             emitter.push((self.part.n.name,))
-            emitter.line(f"{address}[j] = (const void*)({product.stored.address(emitter, product.contract.k)});")
+            emitter.line(
+                f"{address}[j] = (const void*)({product.stored.address(emitter, product.contract.k)});"
+            )
             body = [f"const int64_t {n} = first_column + j;", *emitter.pop()]
             format_, extent = product.stored.format, unwrapped(emitter.index(panel.k.extent))
         else:
@@ -233,7 +247,7 @@ class _MatmulPrinter:
             body = [f"{address}[j] = (const void*)(decoded + j * {panel.stride});"]
             format_, extent = ("F64" if self.real == torch.float64 else "F32"), panel.stride
         lines += emitter.pop()
-        lines += ["for (int64_t j = 0; j < width; ++j) {", *_indented(body), "}"]
+        lines += ["for (int64_t j = 0; j < width; ++j) {", *indented(body), "}"]
         tile = f"{max(1, self.part.schedule.unroll_rows)}, {_tile_columns(self.part)}"
         lines += [
             f"tw_matmul<tw_{format_}, {tile}>({panel.name}, {panel.stride}, block_end - first_row, {address}, width,"
@@ -247,14 +261,17 @@ class _MatmulPrinter:
         k, n, term = product.contract.k, self.part.n, product.contract.b
         kn, nn = emitter.axis(k), emitter.axis(n)
         along_n = runs_along(self.kernel, term, n)
-        outer, inner = ((k, n) if along_n else (n, k))
+        outer, inner = (k, n) if along_n else (n, k)
         place = f"decoded[({nn} - first_column) * {product.panel.stride} + {kn}]"
         emitter.push((outer.name,))
         emitter.push((inner.name,))
         emitter.line(f"{place} = {unwrapped(converted(emitter.value(term), term.dtype, self.real))};")
         lines = emitter.pop()
-        ranges = {n.name: ("first_column", "first_column + width"), k.name: ("0", unwrapped(emitter.index(k.extent)))}
-        lines = emitter.pop() + emitter.for_range((inner,), ranges[inner.name], lines)
+        ranges = {
+            n.name: ("first_column", "first_column + width"),
+            k.name: ("0", unwrapped(emitter.index(k.extent))),
+        }
+        lines = emitter.pop() + emitter.vector_loop(inner, lines, *ranges[inner.name])
         begin, end = ranges[outer.name]
         name = emitter.axis(outer)
         emitter.nest(f"for (int64_t {name} = {begin}; {name} < {end}; ++{name})", lines)
@@ -281,9 +298,14 @@ class _MatmulPrinter:
         for store in part.stores:
             emitter.store(store)
         columns = [f"const int64_t {n} = first_column + j;", *emitter.pop()]
-        inner = ["#pragma GCC ivdep", "for (int64_t j = 0; j < width; ++j) {", *_indented(columns), "}"]
-        body = ["const int64_t m = first_row + r;", *emitter.unflatten("m", part.rows), *emitter.pop(), *inner]
-        loop = ["for (int64_t r = 0; first_row + r < block_end; ++r) {", *_indented(body), "}"]
+        inner = ["#pragma GCC ivdep", "for (int64_t j = 0; j < width; ++j) {", *indented(columns), "}"]
+        body = [
+            "const int64_t m = first_row + r;",
+            *emitter.unflatten("m", part.rows),
+            *emitter.pop(),
+            *inner,
+        ]
+        loop = ["for (int64_t r = 0; first_row + r < block_end; ++r) {", *indented(body), "}"]
         return emitter.pop() + loop
 
     def _reload(self, emitter: Emitter, ref: str, text: str, dtype: torch.dtype) -> None:
@@ -294,7 +316,3 @@ class _MatmulPrinter:
 
 def _tile_columns(part: MatmulPart) -> int:
     return max(4, part.schedule.unroll_n // 4 * 4)  # the lanes of four sums are added together
-
-
-def _indented(lines: Sequence[str]) -> list[str]:
-    return [line if line.startswith("#") else INDENT + line for line in lines]

@@ -19,7 +19,8 @@ _KEYWORDS: Final = frozenset(
     share point unit blocks rows row_blocks block_rows column_blocks first_row first_column columns ready batch r m j
     decoded query_blocks first_query first_key last_key begin_key end_key keys q_rows k_rows v_rows k_at v_at scores
     visible_from visible_to greatest total result from to
-    block width block_end begin end score outputs j_begin j_end features d_stride f_stride""".split()
+    block width block_end begin end score outputs features d_stride f_stride key last_visible
+    share_of_one""".split()
 )
 
 _STORAGE: Final = {

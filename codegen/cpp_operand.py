@@ -50,10 +50,14 @@ def stored_row(kernel: Kernel, term: Term, k: Axis, real: torch.dtype) -> Stored
     if isinstance(term, Decode):
         if term.format not in STORED_FORMATS:
             known = ", ".join(sorted(STORED_FORMATS))
-            raise PrintError(f"kernel {kernel.name}: stored format {term.format!r}; known: {known}")
+            raise PrintError(f"stored format {term.format!r}; known: {known}")
         whole = term.column == k.symbol and not any(k.symbol in e.free_symbols for e in term.row)
         return StoredRow(term.format, term) if whole and real == torch.float32 else None
-    if not isinstance(term, Load) or term.dtype not in _DENSE or kernel.buffer(term.buffer).dtype != term.dtype:
+    if (
+        not isinstance(term, Load)
+        or term.dtype not in _DENSE
+        or kernel.buffer(term.buffer).dtype != term.dtype
+    ):
         return None
     if term.dtype != real and (real == torch.float64 or term.dtype == torch.float64):
         return None

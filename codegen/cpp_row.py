@@ -7,7 +7,8 @@ a single long row (logits of one token) keeps every thread busy too. With folds 
 from __future__ import annotations
 
 from torchweld.codegen.cpp_names import unwrapped, value_type
-from torchweld.codegen.cpp_terms import INDENT, Emitter, KernelNames
+from torchweld.codegen.cpp_terms import Emitter
+from torchweld.codegen.cpp_text import KernelNames, indented
 from torchweld.codegen.ir import Kernel, RowPart
 from torchweld.graph.terms import Axis, Contract, Expr, Fold, walk
 
@@ -54,11 +55,11 @@ def _pointwise(emitter: Emitter, part: RowPart) -> list[str]:
     inner = emitter.pop()
     extent = emitter.index(last.extent)
     if last.extent.is_Integer and last.extent <= _COLUMNS:
-        loop = emitter.for_range((last,), None, inner)
+        loop = emitter.vector_loop(last, inner)
         body = emitter.unflatten("point", outer) + emitter.pop() + loop
         return _shared_loop(emitter.extents(outer), body)
     first = emitter.names.namer.fresh(f"{name}_first")
-    loop = emitter.for_range((last,), (first, f"tw_least<int64_t>({first} + {_COLUMNS}, {extent})"), inner)
+    loop = emitter.vector_loop(last, inner, first, f"tw_least<int64_t>({first} + {_COLUMNS}, {extent})")
     head = [
         f"const int64_t blocks = tw_blocks({extent}, {_COLUMNS});",
         f"const int64_t point = unit / blocks, {first} = unit % blocks * {_COLUMNS};",
@@ -81,7 +82,7 @@ def _inner_stores(emitter: Emitter, part: RowPart, inner: tuple[Axis, ...]) -> N
         emitter.store(store)
     lines = emitter.pop()
     for number, axis in enumerate(reversed(inner)):
-        loop = emitter.for_range((axis,), None, lines) if number == 0 else _plain_loop(emitter, axis, lines)
+        loop = emitter.vector_loop(axis, lines) if number == 0 else _plain_loop(emitter, axis, lines)
         if number < len(inner) - 1:
             lines = emitter.pop() + loop
         else:
@@ -92,7 +93,7 @@ def _inner_stores(emitter: Emitter, part: RowPart, inner: tuple[Axis, ...]) -> N
 def _plain_loop(emitter: Emitter, axis: Axis, lines: list[str]) -> list[str]:
     name = emitter.axis(axis)
     head = f"for (int64_t {name} = 0; {name} < {unwrapped(emitter.index(axis.extent))}; ++{name}) {{"
-    return [head, *(line if line.startswith("#") else INDENT + line for line in lines), "}"]
+    return [head, *indented(lines), "}"]
 
 
 def _symbols(axes: tuple[Axis, ...] | list[Axis], part: RowPart) -> tuple[str, ...]:
@@ -107,6 +108,6 @@ def _shared_loop(points: str, body: list[str], counter: str = "point") -> list[s
     return [
         f"const tw_range share = tw_share({points}, thread, threads);",
         f"for (int64_t {counter} = share.begin; {counter} < share.end; ++{counter}) {{",
-        *(text if text.startswith("#") else INDENT + text for text in body),
+        *indented(body),
         "}",
     ]

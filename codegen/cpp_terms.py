@@ -7,7 +7,7 @@ computed outside of it. What reads memory below a `Guard` stays below it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,19 +15,17 @@ import torch
 
 from torchweld.codegen.cpp_names import (
     HALVES,
-    Namer,
     PrintError,
     converted,
     literal,
     loaded,
-    storage_type,
     stored,
     unwrapped,
     value_type,
 )
 from torchweld.codegen.cpp_ops import op_text
+from torchweld.codegen.cpp_text import KernelNames, indented, index_text, offset_text
 from torchweld.codegen.ir import Indirect, Kernel, Store, part_terms
-from torchweld.graph.index import FloorDiv, Mod
 from torchweld.graph.terms import (
     Axis,
     Const,
@@ -48,7 +46,6 @@ from torchweld.graph.terms import (
     walk,
 )
 
-INDENT = "    "
 _DEEP = 64
 _INLINE_LENGTH = 60  # longer single-use expressions get a line and a name
 
@@ -62,22 +59,6 @@ class _Loop:
     lines: list[str] = field(default_factory=list)
     values: dict[int, str] = field(default_factory=dict)
     indirects: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class KernelNames:
-    """The identifiers that all parts of a kernel share."""
-
-    namer: Namer
-    buffers: Mapping[str, str]
-    sizes: Mapping[str, str]
-
-    @staticmethod
-    def of(kernel: Kernel) -> KernelNames:
-        """Fresh identifiers for the arguments of `kernel`."""
-        namer = Namer()
-        sizes = {size: namer.fresh(size) for size in kernel.sizes}
-        return KernelNames(namer, {b.name: namer.fresh(b.name) for b in kernel.buffers}, sizes)
 
 
 class Emitter:
@@ -94,7 +75,7 @@ class Emitter:
         self._reads: dict[int, bool] = {}
         self._height: dict[int, int] = {}
         self._forced: set[int] = set()
-        self._uses = _count_uses(kernel)
+        self._uses = count_uses(kernel)
         self._kept: list[Term] = []  # terms made here: an id must not be reused while it is a key
 
     # -- loops ----------------------------------------------------------------------------------------------------
@@ -114,7 +95,7 @@ class Emitter:
     def nest(self, head: str, body: Sequence[str]) -> None:
         """Add a block with a head such as `for (...)`."""
         self.line(f"{head} {{" if head else "{")
-        self._loops[-1].lines.extend(INDENT + text if text and not text.startswith("#") else text for text in body)
+        self._loops[-1].lines.extend(indented(body))
         self.line("}")
 
     def axis(self, axis: Axis) -> str:
@@ -135,30 +116,7 @@ class Emitter:
 
     def index(self, expr: Expr) -> str:
         """An index expression; sums and products in brackets."""
-        if expr.is_Integer:
-            return str(int(expr)) if abs(int(expr)) < 1 << 31 else f"{int(expr)}l"
-        if expr.is_Symbol:
-            return self._symbol(str(expr))
-        if expr.is_Add:
-            return self._sum(expr)
-        if expr.is_Mul:
-            return "(" + " * ".join(self.index(a) for a in expr.args) + ")"
-        if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
-            return "(" + " * ".join([self.index(expr.base)] * int(expr.exp)) + ")"
-        if isinstance(expr, FloorDiv):
-            return f"({self.index(expr.args[0])} / {self.index(expr.args[1])})"
-        if isinstance(expr, Mod):
-            return f"({self.index(expr.args[0])} % {self.index(expr.args[1])})"
-        raise PrintError(f"kernel {self.kernel.name}: no C++ for the index expression {expr}")
-
-    def _sum(self, expr: Expr) -> str:
-        text = ""
-        # Positive parts first: the order of sympy is fixed but may start with a minus.
-        for part in sorted(expr.args, key=lambda a: a.could_extract_minus_sign()):
-            negative = part.could_extract_minus_sign()
-            item = self.index(-part if negative else part)
-            text += f" {'-' if negative else '+'} {item}" if text else f"{'-' if negative else ''}{item}"
-        return f"({text})"
+        return index_text(expr, self._symbol)
 
     def _symbol(self, name: str) -> str:
         if name in self._indirects:
@@ -167,7 +125,7 @@ class Emitter:
             return self._axes[name]
         if name in self.names.sizes:
             return self.names.sizes[name]
-        raise PrintError(f"kernel {self.kernel.name}: nothing is known of the symbol {name} in an index expression")
+        raise PrintError(f"nothing is known of the symbol {name} in an index expression")
 
     def _indirect(self, name: str) -> str:
         for loop in reversed(self._loops):
@@ -184,14 +142,7 @@ class Emitter:
 
     def offset(self, index: Sequence[Expr], shape: Sequence[Expr]) -> str:
         """The row-major offset of an element, in Horner's form."""
-        text = ""
-        for position, (i, extent) in enumerate(zip(index, shape, strict=True)):
-            text = f"{text} * {self.index(extent)}" if text else ""
-            if i == 0 and (text or position < len(index) - 1):
-                continue
-            item = self.index(i)
-            text = f"({text} + {item})" if text else item
-        return unwrapped(text) or "0"
+        return offset_text(index, shape, self._symbol)
 
     # -- what a term needs --------------------------------------------------------------------------------------------
 
@@ -307,12 +258,12 @@ class Emitter:
                 return self._decode(term)
             case IndexValue():
                 return converted(self.index(term.expr), torch.int64, term.dtype)
-        raise PrintError(f"kernel {self.kernel.name}: a {type(term).__name__} cannot stand in this place")
+        raise PrintError(f"a {type(term).__name__} cannot stand in this place")
 
     def _ref(self, term: Ref) -> str:
         if term.name not in self.refs:
             known = ", ".join(self.refs) or "nothing"
-            raise PrintError(f"kernel {self.kernel.name}: Ref {term.name!r} before it is bound; bound: {known}")
+            raise PrintError(f"Ref {term.name!r} before it is bound; bound: {known}")
         text, dtype = self.refs[term.name]
         return converted(text, dtype, term.dtype)
 
@@ -385,7 +336,9 @@ class Emitter:
         self, axis: Axis, body: Term, element: torch.dtype, state: str, chunk: str, width: int
     ) -> None:
         name, extent = self.axis(axis), self.index(axis.extent)
-        first, count, lane = (self.names.namer.fresh(wish) for wish in (f"{name}_first", f"{name}_count", "lane"))
+        first, count, lane = (
+            self.names.namer.fresh(wish) for wish in (f"{name}_first", f"{name}_count", "lane")
+        )
         self.push()
         self.push((axis.name,))
         self.line(f"const int64_t {name} = {first} + {lane};")
@@ -408,19 +361,14 @@ class Emitter:
         place = f"{self.names.buffers[store.buffer]}[{self.offset(store.index, buffer.shape)}]"
         self.line(f"{place} = {unwrapped(stored(value, store.value.dtype, buffer.dtype))};")
 
-    def for_range(self, axes: Sequence[Axis], last_range: tuple[str, str] | None, lines: Sequence[str]) -> list[str]:
-        """`lines` in loops over `axes`, the innermost marked as free of dependences; `last_range` replaces its range."""
-        body = list(lines)
-        for number, axis in enumerate(reversed(axes)):
-            name = self.axis(axis)
-            begin, end = ("0", self.index(axis.extent)) if number or last_range is None else last_range
-            head = f"for (int64_t {name} = {begin}; {name} < {end}; ++{name})"
-            self.push()
-            if number == 0:
-                self.line("#pragma GCC ivdep")
-            self.nest(head, body)
-            body = self.pop()
-        return body
+    def vector_loop(
+        self, axis: Axis, lines: Sequence[str], begin: str = "0", end: str | None = None
+    ) -> list[str]:
+        """`lines` in a loop over `axis` (or from `begin` to `end`), marked as free of dependences between turns."""
+        name = self.axis(axis)
+        end = unwrapped(self.index(axis.extent)) if end is None else end
+        head = f"for (int64_t {name} = {begin}; {name} < {end}; ++{name}) {{"
+        return ["#pragma GCC ivdep", head, *indented(lines), "}"]
 
     def extents(self, axes: Sequence[Axis]) -> str:
         """The number of points of `axes`."""
@@ -439,7 +387,8 @@ class Emitter:
         return lines[::-1]
 
 
-def _count_uses(kernel: Kernel) -> dict[int, int]:
+def count_uses(kernel: Kernel) -> dict[int, int]:
+    """How many terms and stores use each node, by id."""
     uses: dict[int, int] = {}
     for indirect in kernel.indirects:
         for term in walk(indirect.term):
@@ -452,19 +401,3 @@ def _count_uses(kernel: Kernel) -> dict[int, int]:
         for store in part.stores:
             uses[id(store.value)] = uses.get(id(store.value), 0) + 1
     return uses
-
-
-def buffer_lines(kernel: Kernel, names: KernelNames) -> list[str]:
-    """Typed pointers and sizes from the untyped arguments of a kernel."""
-    lines = []
-    for number, buffer in enumerate(kernel.buffers):
-        const = "" if buffer.role == "output" else "const "
-        kind = f"{const}{storage_type(buffer.dtype)}*"
-        shape = ", ".join(str(extent) for extent in buffer.shape)
-        stored_as = f" as {buffer.format}" if buffer.format else ""
-        lines.append(
-            f"{kind} __restrict {names.buffers[buffer.name]} = ({kind})buffers[{number}];"
-            f"  // {buffer.role} [{shape}] {str(buffer.dtype).removeprefix('torch.')}{stored_as}"
-        )
-    lines += [f"const int64_t {names.sizes[size]} = sizes[{n}];" for n, size in enumerate(kernel.sizes)]
-    return lines

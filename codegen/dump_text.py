@@ -141,7 +141,7 @@ def _make_input(buffer: Buffer, kernel: Kernel) -> str:
 
 
 def _integer_limit(buffer: Buffer, kernel: Kernel) -> str:
-    """Integers that index something stay below the smallest extent that they index."""
+    """Integers that index something stay in the lower half of what they index: offsets may be added to them."""
     extents = [
         indirect.extent
         for indirect in kernel.indirects
@@ -149,7 +149,8 @@ def _integer_limit(buffer: Buffer, kernel: Kernel) -> str:
     ]
     if not extents:
         return "5"
-    return _text(extents[0]) if len(extents) == 1 else f"min({', '.join(map(_text, extents))})"
+    least = _text(extents[0]) if len(extents) == 1 else f"min({', '.join(map(_text, extents))})"
+    return f"max(1, {least} // 2)"
 
 
 def _text(expr: Expr) -> str:

@@ -30,7 +30,8 @@ from torchweld.codegen.runtime.team import MOST_ARGUMENTS, LaunchRecord, Team, s
 from torchweld.codegen.toolchain import ToolchainError, compile_shared, load
 
 _BINDINGS_KEPT: Final = 16
-_SOLO_WORK: Final = 16384  # element operations, about 3 us: less than a barrier and a cold cache on a second core
+# Element operations, about 3 us: less than a barrier and a cold cache on a second core.
+_SOLO_WORK: Final = 16384
 
 
 class BuildError(RuntimeError):
@@ -100,7 +101,8 @@ class Executable:
             return PrintedUnit("", ()), None, ()
         for launch in self._launches:
             if len(launch.arguments) > MOST_ARGUMENTS:
-                raise BuildError(f"kernel {launch.kernel.name}: {len(launch.arguments)} buffers; at most {MOST_ARGUMENTS}")
+                count = len(launch.arguments)
+                raise BuildError(f"kernel {launch.kernel.name}: {count} buffers; at most {MOST_ARGUMENTS}")
         try:
             unit = print_unit([launch.kernel for launch in self._launches])
             path = compile_shared(unit.source, cache=self._cache, flags=FLAGS, name="unit")
@@ -178,7 +180,9 @@ class Executable:
             results = step.module(*arguments)
         results = results if isinstance(results, tuple | list) else (results,)
         if len(results) != len(step.results):
-            raise PlanError(f"eager step ({step.reason}): {len(step.results)} results expected, got {len(results)}")
+            raise PlanError(
+                f"eager step ({step.reason}): {len(step.results)} results expected, got {len(results)}"
+            )
         for name, result in zip(step.results, results, strict=True):
             values[name] = result
             if name in self._slots and isinstance(result, Tensor):
@@ -206,7 +210,10 @@ class Executable:
 
     def _bind(self, table: SizeTable) -> _Binding:
         memory = plan_memory(
-            [Lifetime(s.name, prod(table.shape(s)) * s.dtype.itemsize, a, b) for s, a, b in self._arena_values]
+            [
+                Lifetime(s.name, prod(table.shape(s)) * s.dtype.itemsize, a, b)
+                for s, a, b in self._arena_values
+            ]
         )
         kept: list[object] = []
         segments: list[ctypes.Array[LaunchRecord] | EagerStep] = []
@@ -223,15 +230,20 @@ class Executable:
                 number += 1
             segments.append(records)
             groups.append(group)
-        bytes_ = [sum(table(expr) for expr in f.scratch[i:i + 1]) for f in self._unit.functions for i in range(len(f.scratch))]
-        stride = -(-max(bytes_, default=0) // 4096) * 4096 + ALIGNMENT
+        room = max((table(expr) for f in self._unit.functions for expr in f.scratch), default=0)
+        # Whole pages and one line more: the threads' pieces must not fall on the same cache sets.
+        stride = -(-room // 4096) * 4096 + ALIGNMENT
         return _Binding(table, memory, tuple(segments), tuple(groups), stride, tuple(kept))
 
     def _fill_record(
         self, record: LaunchRecord, launch: Launch, function: int, table: SizeTable, kept: list[object]
     ) -> None:
-        slots = (ctypes.c_int32 * max(1, len(launch.arguments)))(*(self._slots[name] for name in launch.arguments))
-        sizes = (ctypes.c_int64 * max(1, len(launch.kernel.sizes)))(*(table.sizes[s] for s in launch.kernel.sizes))
+        slots = (ctypes.c_int32 * max(1, len(launch.arguments)))(
+            *(self._slots[name] for name in launch.arguments)
+        )
+        sizes = (ctypes.c_int64 * max(1, len(launch.kernel.sizes)))(
+            *(table.sizes[s] for s in launch.kernel.sizes)
+        )
         kept += [slots, sizes]
         record.kernel = function
         record.slots, record.sizes = ctypes.addressof(slots), ctypes.addressof(sizes)

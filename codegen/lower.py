@@ -8,7 +8,7 @@ its own, in the same launch.  Structurally equal groups (the layers of a model) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy
@@ -153,7 +153,7 @@ def _share_parts(stored: Sequence[_Stored], dependence: Dependence) -> list[list
     for entry in stored:
         for batch in batches:
             if _can_share(batch[0], entry, dependence):
-                batch.append(_over_axes(entry, batch[0].axes))
+                batch.append(_over_axes(entry, batch[0].axes, dependence))
                 break
         else:
             batches.append([entry])
@@ -175,17 +175,27 @@ def _fold_positions(entry: _Stored, dependence: Dependence) -> frozenset[int]:
     return frozenset(position for position, axis in enumerate(entry.axes) if axis.symbol in needed)
 
 
-def _over_axes(entry: _Stored, axes: tuple[Axis, ...]) -> _Stored:
+def _over_axes(entry: _Stored, axes: tuple[Axis, ...], dependence: Dependence) -> _Stored:
     """The same store with its loop variables renamed to `axes`, which have the same extents."""
-    renaming = {old.symbol: new.symbol for old, new in zip(entry.axes, axes, strict=True)}
-    return _Stored(entry.piece, axes, rename_axes(entry.store, renaming), entry.anchor)
+    renaming: dict[sympy.Symbol, Expr] = {
+        old.symbol: new.symbol for old, new in zip(entry.axes, axes, strict=True)
+    }
+    return _Stored(entry.piece, axes, rename_axes(entry.store, renaming, dependence), entry.anchor)
 
 
-def rename_axes(store: Store, renaming: dict[sympy.Symbol, sympy.Symbol]) -> Store:
-    """A store with its index variables renamed everywhere."""
+def rename_axes(store: Store, renaming: Mapping[sympy.Symbol, Expr], dependence: Dependence) -> Store:
+    """A store with its index variables renamed everywhere, also in what its data-dependent indices are read at."""
+    known = dict(renaming)
 
     def index(expr: Expr) -> Expr:
-        return expr.xreplace(renaming)
+        for symbol in expr.free_symbols - known.keys():
+            entry = dependence.meaning.indirect_of(symbol)
+            if entry is None or dependence.of(entry.term).isdisjoint(renaming):
+                known[symbol] = symbol
+            else:
+                term = transform(entry.term, lambda _: None, index)
+                known[symbol] = dependence.meaning.declare_indirect(term, entry.extent)
+        return expr.xreplace(known)
 
     return Store(store.buffer, tuple(map(index, store.index)), transform(store.value, lambda _: None, index))
 

@@ -85,7 +85,9 @@ class Plan:
             if isinstance(step, Launch):
                 if len(step.arguments) != len(step.kernel.buffers):
                     expected, given = len(step.kernel.buffers), len(step.arguments)
-                    raise PlanError(f"{where}: the kernel has {expected} buffers, the launch {given} arguments")
+                    raise PlanError(
+                        f"{where}: the kernel has {expected} buffers, the launch {given} arguments"
+                    )
                 if extra := set(step.kernel.sizes) - set(self.sizes):
                     raise PlanError(f"{where}: sizes {sorted(extra)} are not sizes of the plan {self.sizes}")
                 read, written = step.read(), step.written()

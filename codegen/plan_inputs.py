@@ -25,7 +25,9 @@ def check_tensors(plan: Plan, inputs: Sequence[Tensor]) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{where}: expected a tensor, got {type(tensor).__name__}")
         if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-            raise TypeError(f"{where}: expected a dense tensor on the CPU, got {tensor.layout} on {tensor.device}")
+            raise TypeError(
+                f"{where}: expected a dense tensor on the CPU, got {tensor.layout} on {tensor.device}"
+            )
         if tensor.dtype != spec.dtype:
             raise TypeError(f"{where}: expected {spec.dtype}, got {tensor.dtype}")
         if tensor.dim() != len(spec.shape):
@@ -43,7 +45,9 @@ def bind_sizes(plan: Plan, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
             if extent.is_Symbol and str(extent) in plan.sizes:
                 sizes.setdefault(str(extent), given)
     if missing := [size for size in plan.sizes if size not in sizes]:
-        raise PlanError(f"sizes {missing} are no input's dimension; inputs: {[_shape_text(s) for s in plan.inputs]}")
+        raise PlanError(
+            f"sizes {missing} are no input's dimension; inputs: {[_shape_text(s) for s in plan.inputs]}"
+        )
     for number, (spec, shape) in enumerate(zip(plan.inputs, shapes, strict=True)):
         for dimension, (extent, given) in enumerate(zip(spec.shape, shape, strict=True)):
             expected = evaluate(extent, sizes)

@@ -41,7 +41,7 @@ def is_search(term: Fold) -> bool:
 def state_dtype(term: Fold) -> torch.dtype:
     """The dtype that the fold compares or adds in."""
     if term.monoid.kind in ("any", "all"):
-        return torch.bool
+        return torch.int32
     if is_search(term):
         return torch.int32 if term.body.dtype == torch.bool else term.body.dtype
     return term.dtype
@@ -51,10 +51,8 @@ def identity_text(term: Fold) -> str:
     """What a masked lane of the fold's body holds."""
     dtype = state_dtype(term)
     kind = term.monoid.kind.removeprefix("arg")
-    if kind in ("any", "all"):
-        return str(kind == "all")
-    if kind in ("sum", "prod"):
-        number = int(kind == "prod")
+    if kind in ("sum", "prod", "any", "all"):
+        number = int(kind in ("prod", "all"))
         return str(float(number) if dtype.is_floating_point else number)
     if dtype.is_floating_point:
         return 'float("-inf")' if kind == "max" else 'float("inf")'
@@ -106,6 +104,8 @@ class FoldPrinter(TermPrinter):
     def state(self, term: Fold, value: Value) -> Value:
         """A body value in the dtype of the fold's state."""
         source, target = term.body.dtype, state_dtype(term)
+        if term.monoid.kind in ("any", "all"):
+            value, source = self.cast(value, source, torch.bool), torch.bool
         if carrier_name(source) == carrier_name(target):
             return value
         return self.cast(value, source, target)
@@ -157,7 +157,7 @@ class FoldPrinter(TermPrinter):
                 return Value(f"tl.reduce({value.text}, {int(not is_flat)}, multiply, keep_dims={not is_flat})", dims)
             case "any" | "all":
                 function = "max" if kind == "any" else "min"
-                return Value(f"(tl.{function}({value.operand}.to(tl.int32), {short}) != 0)", dims)
+                return Value(f"(tl.{function}({value.text}, {short}) != 0)", dims)
             case "max" | "min" if dtype.is_floating_point:
                 self.writer.helpers[f"{kind}_with_nan"] = None
                 return Value(f"{kind}_with_nan({value.text}, {where})", dims)
@@ -173,7 +173,7 @@ class FoldPrinter(TermPrinter):
         best = self.writer.let("best", best)
         hit = f"{value.text} == {best.text}"
         if dtype.is_floating_point:
-            hit = f"({hit}) | (({value.text} != {value.text}) & ({best.text} != {best.text}))"
+            hit = f"({hit}) | ({value.text} != {value.text})"  # if a lane is NaN, so is the best
         short = "axis=0" if self.frame.rank == 1 else "axis=1, keep_dims=True"
         index = f"tl.min(tl.where({hit}, {lanes.index.text}, 2147483647), {short})"
         return Value(f"{index}.to({carrier_name(term.dtype)})", best.dims)
@@ -208,7 +208,9 @@ class FoldPrinter(TermPrinter):
         self.start_loop(term, names, shape, f"tl.zeros({shape}, tl.int32)")
         self.writer.block(f"for {step} in range(0, {extent.text}):", lines)
         result = Value(names[-1], value.dims)
-        return self.cast(result, torch.int32, term.dtype) if is_search(term) else result
+        if is_search(term):
+            return self.cast(result, torch.int32, term.dtype)
+        return self.cast(result, state_dtype(term), term.dtype)
 
     def combine_into(self, term: Fold, value: Value, index: Value) -> list[str]:
         """The statements that take one block into the state; returns the state's variables, to be started."""

@@ -68,17 +68,28 @@ def floor_modulo(a, b):
 
 
 @triton.jit
+def float_floor_divide(a, b):
+    """floor(a / b) as torch has it: NaN for an infinite a, a / b for b = 0.
+
+    In float64, because a quotient just below a whole number must not round up to it.
+    """
+    quotient = a.to(tl.float64) / tl.cast(b, tl.float64)
+    finite = tl.where(tl.abs(a) == float("inf"), float("nan"), tl.floor(quotient))
+    return tl.where(b == 0.0, quotient, finite).to(a.dtype)
+
+
+@triton.jit
 def float_modulo(a, b):
-    """The remainder that has the sign of b."""
-    rest = a - tl.floor(a / b) * b
-    return tl.where((rest != 0.0) & ((rest < 0.0) != (b < 0.0)), rest + b, rest)
+    """The remainder that has the sign of b; in float64, see float_floor_divide."""
+    wide, divisor = a.to(tl.float64), tl.cast(b, tl.float64)
+    return (wide - tl.floor(wide / divisor) * divisor).to(a.dtype)
 
 
 @triton.jit
 def power(x, y):
     """x to the y in float64, where the error of log2 does not grow with the result; whole y for negative x."""
     base = tl.abs(x).to(tl.float64)
-    exponent = (y + 0.0 * x).to(tl.float64)
+    exponent = tl.cast(y, tl.float64)
     size = tl.where(base == 1.0, 1.0, tl.exp2(exponent * tl.log2(base)))
     half = exponent * 0.5
     is_whole = tl.floor(exponent) == exponent
@@ -102,7 +113,7 @@ def atan2(y, x):
     angle = tl.where(steep, series + 0.78539816339, series)
     angle = tl.where(high > wide, 1.57079632679 - angle, angle)
     angle = tl.where(x < 0.0, 3.14159265359 - angle, angle)
-    angle = tl.where((x != x) | (y != y), float("nan"), angle)
+    angle = tl.where(x != x, x, tl.where(y != y, y, angle))
     return tl.where(y < 0.0, -angle, angle)
 
 

@@ -185,8 +185,8 @@ SPELLINGS: Final[Mapping[str, Spelling]] = {
     "floordiv": _helper("floor_divide", 2),
     "mod": _helper("floor_modulo", 2),
     "pow": _helper("power", 2),
-    "max": Spelling("tl.where(({p} > {q}) | ({p} != {p}), {a}, {b})"),
-    "min": Spelling("tl.where(({p} < {q}) | ({p} != {p}), {a}, {b})"),
+    "max": Spelling("tl.where({p} > {q}, {a}, tl.where({p} == {p}, {b}, {a}))"),
+    "min": Spelling("tl.where({p} < {q}, {a}, tl.where({p} == {p}, {b}, {a}))"),
     "eq": _infix("=="),
     "ne": _infix("!="),
     "lt": _infix("<"),
@@ -207,7 +207,7 @@ SPELLINGS: Final[Mapping[str, Spelling]] = {
 """
 
 FLOAT_SPELLINGS: Final[Mapping[str, Spelling]] = {
-    "floordiv": Spelling("tl.floor({p} / {q})"),
+    "floordiv": _helper("float_floor_divide", 2),
     "mod": _helper("float_modulo", 2),
 }
 """Spellings that differ for floats."""

@@ -15,6 +15,7 @@ from torchweld.decoding.greedy import DecodingError, LogitsModel, generate
 from torchweld.models.errors import ModelFileError
 from torchweld.models.load import LoadedModel
 from torchweld.models.tokenizer import Tokenizer
+from torchweld.optimizer.commands.baseline import decoded_model
 from torchweld.optimizer.commands.subject import Wish, compile_subject, load_subject
 
 _CHAT = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -41,7 +42,9 @@ def complete(spec: str, wish: Wish, prompt: str, tokens: int, *, eager: bool, ch
     """
     subject = load_subject(spec, wish)
     tokenizer = language_tokenizer(subject.loaded, spec)
-    model: Callable[[Tensor], object] = subject.loaded.module if eager else compile_subject(subject, wish)
+    model: Callable[[Tensor], object] = (
+        decoded_model(subject.loaded.module) if eager else compile_subject(subject, wish)
+    )
     text = _CHAT.format(prompt=prompt) if chat else prompt
     done = complete_text(logits_of(model), tokenizer, text, tokens, on_text=_writer(sys.stdout))
     print()

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from torchweld.decoding.complete import Completion, complete_text, language_tokenizer, logits_of
 from torchweld.optimizer.cli import make_console
+from torchweld.optimizer.commands.baseline import decoded_model
 from torchweld.optimizer.commands.dump import dump_job, parse_targets
 from torchweld.optimizer.commands.subject import Wish, compile_subject, load_subject
 
@@ -68,7 +69,9 @@ def main() -> None:
 
     with step(console, f"complete: {options.prompt}"):
         ours = complete_text(logits_of(job), tokenizer, options.prompt, options.tokens)
-        eager = complete_text(logits_of(subject.loaded.module), tokenizer, options.prompt, options.tokens)
+        eager = complete_text(
+            logits_of(decoded_model(subject.loaded.module)), tokenizer, options.prompt, options.tokens
+        )
         print_completions(console, ours, eager)
 
 

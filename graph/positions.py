@@ -106,6 +106,8 @@ class Prover:
         """A stored tensor: one number, a line a + b * i, or a matrix that is constant along its diagonals."""
         tensor = constant_tensor(self.graph_module, node)
         assert tensor is not None
+        if tensor.numel() == 0:
+            raise Unprovable(f"constant {node.target} is empty")
         if tensor.numel() == 1:
             return literal(tensor.item())
         wide = [axis for axis, size in enumerate(tensor.shape) if size != 1]

@@ -20,6 +20,7 @@ from torchweld.graph.capture import capture
 from torchweld.graph.capture_errors import CaptureError
 from torchweld.graph.program import Program
 from torchweld.optimizer.compile import Compiled, Options, compile_program
+from torchweld.optimizer.gate import keep_if_faster
 from torchweld.optimizer.profile import kernel_timer
 from torchweld.optimizer.report import Report
 from torchweld.optimizer.verify import add_error
@@ -71,6 +72,7 @@ class Optimized:
         compiled = compile_program(
             program, options=self.options, example_inputs=flat, name=_name(self.model), measure=measure
         )
+        keep_if_faster(compiled, program, program.flatten_inputs(args, kwargs))
         if self.verify:
             add_error(compiled, program, program.flatten_inputs(args, kwargs))
         return compiled

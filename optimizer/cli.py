@@ -128,6 +128,7 @@ def dump(
     ] = "cpu,sm_90",
     batch: Batch = None,
     seq: Length = None,
+    check: Annotated[bool, typer.Option("--check", help="Run every file's self-check.")] = False,
 ) -> None:
     """Write one readable, self-checking file per fused kernel of MODEL.
 
@@ -136,7 +137,8 @@ def dump(
     from torchweld.optimizer.commands.dump import dump_model, parse_targets
     from torchweld.optimizer.commands.subject import Wish
 
-    if not dump_model(model, Wish(batch, seq), parse_targets(target), out, make_console()):
+    targets = parse_targets(target)
+    if not dump_model(model, Wish(batch, seq), targets, out, make_console(), check=check):
         raise typer.Exit(NO)
 
 

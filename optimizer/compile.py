@@ -37,6 +37,7 @@ from torchweld.optimizer.pipeline import (
     timed,
 )
 from torchweld.optimizer.report import Report
+from torchweld.optimizer.stages import StageWriter
 
 log = logging.getLogger(__name__)
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -112,9 +113,9 @@ def compile_program(
         target = options.target or measured_target(cache)
     hints = size_hints(program, tuple(example_inputs) if example_inputs else None)
     fuel = options.fuel if options.fuel is not None else environment.fuel
-    settings = Settings(
-        target, hints, options.skip | environment.skip, fuel, measure, options.after_pass, ledger
-    )
+    stages = None if environment.dump is None else StageWriter(environment.dump)
+    after_pass = _both(stages, options.after_pass)
+    settings = Settings(target, hints, options.skip | environment.skip, fuel, measure, after_pass, ledger)
     with timed(ledger, "passes"):
         program = run_graph_passes(program, settings)
     with timed(ledger, "fusion"):
@@ -122,9 +123,23 @@ def compile_program(
     built, executable, reason = _build(groups, options, cache, ledger)
     if reason is not None and options.strict:
         raise BuildError(reason)
+    if stages is not None and executable is not None:
+        stages.write_unit(executable.source)
     compiled = Compiled(program, groups, built, executable, Report("", target), hints, reason, ledger)
     compiled.report = make_report(compiled, name or program.name, target)
     return compiled
+
+
+def _both(first: AfterPass | None, second: AfterPass | None) -> AfterPass | None:
+    """One callback that serves two listeners."""
+    if first is None or second is None:
+        return first or second
+
+    def call(name: str, module: fx.GraphModule) -> None:
+        first(name, module)
+        second(name, module)
+
+    return call
 
 
 def _build(

@@ -10,9 +10,12 @@ source:  canonicalisation as in MLIR; see docs/decisions
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+import sympy
 from torch import fx
 
 from torchweld.graph.edit import comes_before
@@ -43,27 +46,39 @@ EXACTNESS: Exactness = "exact"
 
 
 def read_sizes(graph_module: fx.GraphModule, node: fx.Node, sizes: Sequence[Any]) -> list[Any] | None:
-    """`sizes` as arguments of a reshape that stands before `node`: ints, -1 for a lone symbolic size, else
-    nodes or spellings that read it; None when a size cannot be read."""
-    symbolic = [axis for axis, size in enumerate(sizes) if not isinstance(size, int)]
+    """`sizes` as arguments of a reshape that stands before `node`: ints, nodes, spellings that read or multiply
+    sizes, and -1 for a lone symbolic size or one that cannot be read; None when two cannot be read."""
+    symbolic = [size for size in sizes if not isinstance(size, int)]
     if len(symbolic) == 1 and 0 not in sizes:
-        return [-1 if axis in symbolic else size for axis, size in enumerate(sizes)]
+        return [size if isinstance(size, int) else -1 for size in sizes]
     read = [size if isinstance(size, int) else _read_size(graph_module, node, size) for size in sizes]
-    return None if None in read else read
+    if read.count(None) > 1:
+        return None
+    return [-1 if size is None else size for size in read]
 
 
-def _read_size(graph_module: fx.GraphModule, node: fx.Node, size: Any) -> fx.Node | Spelling | None:
-    """A node before `node` whose value is `size`: one that the graph has, or a new sym_size of an input."""
+def _read_size(graph_module: fx.GraphModule, node: fx.Node, size: Any) -> fx.Node | Spelling | int | None:
+    """Something before `node` whose value is `size`: a node that the graph has, a new sym_size of an input, or a
+    product of such."""
     readers: Sequence[fx.Node] = graph_module.graph.find_nodes(op="call_function", target=aten.sym_size.int)
     for reader in readers:
         if dim_key(reader.meta["val"]) == size and comes_before(reader, node):
             return reader
     for source in node.all_input_nodes:
-        if not is_tensor(source):
-            if dim_key(source.meta["val"]) == size:
-                return source
-            continue
-        for axis, candidate in enumerate(shape_of(source)):
+        if not is_tensor(source) and dim_key(source.meta["val"]) == size:
+            return source
+    if isinstance(size, sympy.Integer):
+        return int(size)
+    if isinstance(size, sympy.Mul):
+        factors: list[Any] = [_read_size(graph_module, node, factor) for factor in size.args]
+        if None not in factors:
+            product: Spelling = functools.reduce(
+                lambda left, right: Spelling(operator.mul, (left, right)), factors
+            )
+            return product
+    # Placeholders first: a size that is read from an intermediate would keep that alive.
+    for source in (*graph_module.graph.find_nodes(op="placeholder"), *node.all_input_nodes):
+        for axis, candidate in enumerate(shape_of(source) if is_tensor(source) else ()):
             if candidate == size:
                 return Spelling(aten.sym_size.int, (source, axis))
     return None

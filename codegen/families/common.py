@@ -18,7 +18,7 @@ class Dependence:
     """The loop variables that terms and index expressions depend on, seen through data-dependent indices."""
 
     def __init__(self, meaning: Meaning) -> None:
-        self._meaning = meaning
+        self.meaning = meaning
         self._cache: dict[int, Symbols] = {}
 
     def of(self, term: Term) -> Symbols:
@@ -27,13 +27,13 @@ class Dependence:
 
     def close(self, symbols: Iterable[sympy.Symbol]) -> Symbols:
         """Data-dependent index symbols replaced by what their terms depend on; size symbols dropped."""
-        indirect = {entry.symbol: entry.term for entry in self._meaning.indirects}
+        indirect = {entry.symbol: entry.term for entry in self.meaning.indirects}
         result: set[sympy.Symbol] = set()
         for symbol in symbols:
             term = indirect.get(symbol.name)
             if term is not None:
                 result |= self.of(term)
-            elif symbol in self._meaning.ranges.extents:
+            elif symbol in self.meaning.ranges.extents:
                 result.add(symbol)
         return frozenset(result)
 
@@ -41,7 +41,7 @@ class Dependence:
         """Whether a data-dependent index is itself the result of a reduction or a matmul."""
         return any(
             isinstance(node, (Fold, Contract, Attend))
-            for e in self._meaning.indirects
+            for e in self.meaning.indirects
             for node in walk(e.term)
         )
 

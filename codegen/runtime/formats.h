@@ -40,7 +40,7 @@ struct tw_Q8_0 {
         return tw_half_at(p) * (float)(int8_t)p[2 + k % 32];
     }
     static void unpack(const uint8_t* p, tw_v16* w) {
-        const tw_v16 d = tw_splat(tw_half_at(p));
+        const tw_v16 d = tw_splat_half(p);
         w[0] = d * tw_to_float(tw_widen_i8(p + 2));
         w[1] = d * tw_to_float(tw_widen_i8(p + 18));
     }
@@ -55,7 +55,7 @@ struct tw_Q4_0 {
         return tw_half_at(p) * (float)((p[2 + k % 16] >> (k % 32 / 16 * 4) & 15) - 8);
     }
     static void unpack(const uint8_t* p, tw_v16* w) {
-        const tw_v16 table = tw_splat(tw_half_at(p)) * tw_to_float(tw_iota - 8);
+        const tw_v16 table = tw_splat_half(p) * tw_to_float(tw_iota - 8);
         const tw_i16 q = tw_widen_u8(p + 2);
         w[0] = tw_lookup(table, q);
         w[1] = tw_lookup(table, q >> 4);
@@ -70,7 +70,7 @@ struct tw_Q4_1 {
         return tw_half_at(p) * (float)(p[4 + k % 16] >> (k % 32 / 16 * 4) & 15) + tw_half_at(p + 2);
     }
     static void unpack(const uint8_t* p, tw_v16* w) {
-        const tw_v16 table = tw_splat(tw_half_at(p)) * tw_to_float(tw_iota) + tw_splat(tw_half_at(p + 2));
+        const tw_v16 table = tw_splat_half(p) * tw_to_float(tw_iota) + tw_splat_half(p + 2);
         const tw_i16 q = tw_widen_u8(p + 4);
         w[0] = tw_lookup(table, q);
         w[1] = tw_lookup(table, q >> 4);
@@ -91,7 +91,7 @@ struct tw_Q5_0 {
         return tw_half_at(p) * (float)(((p[6 + k % 16] >> (k % 32 / 16 * 4) & 15) | fifth) - 16);
     }
     static void unpack(const uint8_t* p, tw_v16* w) {
-        const tw_v16 d = tw_splat(tw_half_at(p));
+        const tw_v16 d = tw_splat_half(p);
         const tw_v16 low = d * tw_to_float(tw_iota - 16), high = d * tw_to_float(tw_iota);
         const tw_i16 q = tw_widen_u8(p + 6);
         const int32_t fifth = tw_word_at(p + 2);
@@ -109,7 +109,7 @@ struct tw_Q5_1 {
         return tw_half_at(p) * (float)((p[8 + k % 16] >> (k % 32 / 16 * 4) & 15) | fifth) + tw_half_at(p + 2);
     }
     static void unpack(const uint8_t* p, tw_v16* w) {
-        const tw_v16 d = tw_splat(tw_half_at(p)), m = tw_splat(tw_half_at(p + 2));
+        const tw_v16 d = tw_splat_half(p), m = tw_splat_half(p + 2);
         const tw_v16 low = d * tw_to_float(tw_iota) + m, high = d * tw_to_float(tw_iota + 16) + m;
         const tw_i16 q = tw_widen_u8(p + 8);
         const int32_t fifth = tw_word_at(p + 4);

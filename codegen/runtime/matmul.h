@@ -26,6 +26,8 @@ static inline void tw_tile(const typename F::real* a, int64_t stride, int64_t ro
     // Rows and columns beyond the last repeat it; their sums are dropped.
     const T* ar[R];
     const uint8_t* br[C];
+    // The same place in the rows of the next tile: with short rows the hardware does not see the streams in time.
+    const int64_t ahead = columns > 1 ? C * ((const uint8_t*)b[1] - (const uint8_t*)b[0]) : 0;
     for (int r = 0; r < R; ++r) ar[r] = a + (r < rows ? r : rows - 1) * stride;
     for (int c = 0; c < C; ++c) br[c] = (const uint8_t*)b[c < columns ? c : columns - 1];
     V sum[R][C];
@@ -39,6 +41,8 @@ static inline void tw_tile(const typename F::real* a, int64_t stride, int64_t ro
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
             V w[F::vectors];
+            if (R == 1)
+                for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(br[c] + block * F::bytes + ahead + line);
             F::unpack(br[c] + block * F::bytes, w);
 #pragma GCC unroll 16
             for (int v = 0; v < F::vectors; ++v)

@@ -50,7 +50,12 @@ class Team:
         library.tw_team_new.restype = ctypes.c_void_p
         library.tw_team_new.argtypes = (ctypes.c_int64,)
         library.tw_run.restype = ctypes.c_int64
-        library.tw_run.argtypes = (*[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_void_p] * 2, ctypes.c_int64)
+        library.tw_run.argtypes = (
+            *[ctypes.c_void_p] * 2,
+            ctypes.c_int64,
+            *[ctypes.c_void_p] * 2,
+            ctypes.c_int64,
+        )
         self._library = library
 
     def run(

@@ -40,7 +40,12 @@ static inline tw_i16 tw_widen_u16(const uint8_t* p) {
 static inline tw_v16 tw_widen_f16(const uint8_t* p) {
     return __builtin_ia32_vcvtph2ps512_mask(*(const tw_s16_any*)p, tw_v16{}, tw_every, 4);
 }
+static inline tw_v16 tw_splat_half(const uint8_t* p) {
+    short h; __builtin_memcpy(&h, p, 2);
+    return __builtin_ia32_vcvtph2ps512_mask(tw_s16{h, h, h, h, h, h, h, h, h, h, h, h, h, h, h, h}, tw_v16{}, tw_every, 4);
+}
 #else
+static inline tw_v16 tw_splat_half(const uint8_t* p) { return tw_splat(tw_half_at(p)); }
 template <class V> static inline V tw_fma_lanes(V a, V b, V c) {
     V y;
     for (int l = 0; l < (int)(sizeof(V) / sizeof(a[0])); ++l) y[l] = tw_fma(a[l], b[l], c[l]);

@@ -177,15 +177,23 @@ class Meaning:
         """An index symbol for an integer that is only known when the kernel runs; negative values count from the end."""
         key = (id(term), extent)
         if key not in self._indirect_memo:
-            symbol = f"at{len(self.indirects)}"
             wide = cast(term, torch.int64)
             if not isinstance(wide, Const):
                 wrapped = op("add", wide, cast(index_value(extent), torch.int64))
                 wide = op("where", op("lt", wide, const(0, torch.int64)), wrapped, wide)
-            self.indirects.append(IndirectIndex(symbol, wide, extent))
-            self.ranges.declare([Axis(symbol, extent)])
-            self._indirect_memo[key] = axis_symbol(symbol)
+            self._indirect_memo[key] = self.declare_indirect(wide, extent)
         return self._indirect_memo[key]
+
+    def declare_indirect(self, term: Term, extent: Expr) -> Expr:
+        """A new index symbol for `term`, 0 <= term < extent."""
+        symbol = f"at{len(self.indirects)}"
+        self.indirects.append(IndirectIndex(symbol, term, extent))
+        self.ranges.declare([Axis(symbol, extent)])
+        return axis_symbol(symbol)
+
+    def indirect_of(self, symbol: sympy.Symbol) -> IndirectIndex | None:
+        """The data-dependent index that `symbol` stands for, if it is one."""
+        return next((entry for entry in self.indirects if entry.symbol == symbol.name), None)
 
     def offset(self, index: Index, shape: Sequence[Expr]) -> Expr:
         """The row-major position of `index`."""

@@ -1,4 +1,4 @@
-"""`torchweld bench`: the optimized model against torch eager."""
+"""`torchweld bench`: the optimized model against torch eager with float32 weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 
 from torchweld.optimizer.bench import interleave
+from torchweld.optimizer.commands.baseline import decoded_model
 from torchweld.optimizer.commands.subject import Wish, compile_model
 
 
@@ -14,11 +15,9 @@ def bench_model(spec: str, wish: Wish, rounds: int, console: Console, *, as_json
     if wish.threads is not None:
         torch.set_num_threads(wish.threads)
     job = compile_model(spec, wish)
-    subject = job.subject
+    subject, eager = job.subject, decoded_model(job.subject.loaded.module)
     with torch.no_grad(), subject.phase("time"):
-        result = interleave(
-            lambda: job(*subject.inputs), lambda: subject.loaded.module(*subject.inputs), rounds=rounds
-        )
+        result = interleave(lambda: job(*subject.inputs), lambda: eager(*subject.inputs), rounds=rounds)
     if as_json:
         print(result.to_json())
         return

@@ -70,7 +70,9 @@ def random_buffers(kernel: Kernel, sizes: Mapping[str, int], seed: int = 0) -> d
         if buffer.role == "output":
             continue
         if buffer.format:
-            columns = {"Q8_0": 32, "Q4_1": 32}[buffer.format] * shape[-1] // {"Q8_0": 34, "Q4_1": 20}[buffer.format]
+            columns = (
+                {"Q8_0": 32, "Q4_1": 32}[buffer.format] * shape[-1] // {"Q8_0": 34, "Q4_1": 20}[buffer.format]
+            )
             buffers[buffer.name] = quantized(buffer.format, prod(shape[:-1]), columns, seed)
         elif buffer.dtype == torch.int64:
             buffers[buffer.name] = torch.randint(-limit, limit, shape, generator=generator)
@@ -94,10 +96,53 @@ def pointwise(
 
 @functools.cache
 def specials(dtype: torch.dtype) -> Tensor:
-    """Values at which functions break: zeros, subnormals, ties, the ends of the range, infinities, NaN; and many others."""
-    tie = [0.5, 1.5, 2.5, -0.5, -1.5, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 65519.0, 65520.0, 2**-24, 2**-25]
-    ends = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-38, 3.4e38, -3.4e38, 88.0, 88.8, -87.5, -103.0, -104.5, 9.0, -9.0]
-    rest = [float("inf"), float("-inf"), float("nan"), 1e-5, -1e-5, 0.625, 0.6249999, 0.927734375, 7.0, -3.0, 1e10]
+    """Where functions break: zeros, subnormals, ties, the ends of the range, infinities, NaN; and many others."""
+    tie = [
+        0.5,
+        1.5,
+        2.5,
+        -0.5,
+        -1.5,
+        1 + 2**-8,
+        1 + 3 * 2**-8,
+        1 + 2**-11,
+        1 + 3 * 2**-11,
+        65519.0,
+        65520.0,
+        2**-24,
+        2**-25,
+    ]
+    ends = [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        1e-45,
+        -1e-45,
+        1e-38,
+        3.4e38,
+        -3.4e38,
+        88.0,
+        88.8,
+        -87.5,
+        -103.0,
+        -104.5,
+        9.0,
+        -9.0,
+    ]
+    rest = [
+        float("inf"),
+        float("-inf"),
+        float("nan"),
+        1e-5,
+        -1e-5,
+        0.625,
+        0.6249999,
+        0.927734375,
+        7.0,
+        -3.0,
+        1e10,
+    ]
     generator = torch.Generator().manual_seed(1)
     many = torch.randn(400, generator=generator) * 4
     wide = torch.randn(200, generator=generator) * 40
@@ -108,4 +153,6 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bytes."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.numel() else True
+    return (
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.numel() else True
+    )

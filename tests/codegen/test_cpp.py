@@ -31,7 +31,9 @@ def test_kernels_against_the_interpreter_in_float64(name: str) -> None:
         results = executable(*buffers.values())
         for got, (output, want) in zip(results, expected.items(), strict=True):
             assert got.dtype == kernel.buffer(output).dtype and got.shape == want.shape
-            torch.testing.assert_close(got.double(), want.double(), rtol=2e-5, atol=1e-4, msg=lambda m: f"{name} {sizes}: {m}")  # noqa: B023
+            torch.testing.assert_close(
+                got.double(), want.double(), rtol=2e-5, atol=1e-4, msg=f"{name} {sizes} {output}"
+            )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -93,7 +95,7 @@ def test_an_index_outside_its_table_names_the_kernel() -> None:
     executable(*buffers.values())
     for bad in (11, -12, 2**40):
         broken = dict(buffers, ids=torch.tensor([0, 1, bad, 2]))
-        with pytest.raises(IndexError, match="gather_concat.*index < 11"):
+        with pytest.raises(IndexError, match=r"gather_concat.*index < 11"):
             executable(*broken.values())
     executable(*buffers.values())
 
@@ -104,7 +106,12 @@ def _fold_kernel(kind: str, dtype: torch.dtype, result: torch.dtype, width: int)
     fold = Fold(result, Monoid(kind), (a, b), body)  # type: ignore[arg-type]
     part = RowPart((r,), (), (Bind("f", fold),), (Store("y", (r.symbol,), Ref(result, "f")),))
     shape = (Integer(3), Integer(2), Integer(width))
-    return Kernel("fold", (Buffer("x", dtype, shape, "input"), Buffer("y", result, (Integer(3),), "output")), (), (part,))
+    return Kernel(
+        "fold",
+        (Buffer("x", dtype, shape, "input"), Buffer("y", result, (Integer(3),), "output")),
+        (),
+        (part,),
+    )
 
 
 @pytest.mark.parametrize("width", [1, 7, 64, 131])
@@ -112,13 +119,22 @@ def test_folds_over_two_axes(width: int) -> None:
     x = torch.randn(3, 2, width)
     x[1, 0, width // 2] = float("nan")
     flat = x.reshape(3, -1)
-    for kind, want in {"max": flat.amax(1), "min": flat.amin(1), "prod": flat.prod(1), "sum": flat.sum(1)}.items():
-        torch.testing.assert_close(run(_fold_kernel(kind, F32, F32, width), {"x": x})["y"], want, equal_nan=True)
+    for kind, want in {
+        "max": flat.amax(1),
+        "min": flat.amin(1),
+        "prod": flat.prod(1),
+        "sum": flat.sum(1),
+    }.items():
+        torch.testing.assert_close(
+            run(_fold_kernel(kind, F32, F32, width), {"x": x})["y"], want, equal_nan=True
+        )
     for kind, want in {"argmax": flat.argmax(1), "argmin": flat.argmin(1)}.items():
         assert torch.equal(run(_fold_kernel(kind, F32, torch.int64, width), {"x": x})["y"], want), kind
     bits = torch.rand(3, 2, width) > 0.9
     for kind, want in {"any": bits.flatten(1).any(1), "all": bits.flatten(1).all(1)}.items():
-        assert torch.equal(run(_fold_kernel(kind, torch.bool, torch.bool, width), {"x": bits})["y"], want), kind
+        assert torch.equal(run(_fold_kernel(kind, torch.bool, torch.bool, width), {"x": bits})["y"], want), (
+            kind
+        )
     whole = torch.randint(-9, 9, (3, 2, width))
     ties = whole.flatten(1)
     assert torch.equal(run(_fold_kernel("argmax", torch.int64, torch.int64, width), {"x": whole})["y"],
@@ -138,7 +154,9 @@ def matmul(dtype: torch.dtype, width: int, features: int, transposed: bool = Fal
     index = (k.symbol, n.symbol) if transposed else (n.symbol, k.symbol)
     real = torch.float64 if dtype == torch.float64 else F32
     contract = Contract(real, k, Load(dtype, "x", (m.symbol, k.symbol)), Load(dtype, "w", index))
-    part = MatmulPart((), (m,), n, (), (Bind("acc", contract),), (Store("y", (m.symbol, n.symbol), Ref(real, "acc")),))
+    part = MatmulPart(
+        (), (m,), n, (), (Bind("acc", contract),), (Store("y", (m.symbol, n.symbol), Ref(real, "acc")),)
+    )
     shape = tuple(e.subs({k.symbol: Integer(width), n.symbol: Integer(features)}) for e in index)
     buffers = (Buffer("x", dtype, (size_symbol("M"), Integer(width)), "input"), Buffer("w", dtype, shape, "weight"),
                Buffer("y", real, (size_symbol("M"), Integer(features)), "output"))  # fmt: skip
@@ -156,13 +174,18 @@ def test_matmul_dtypes_and_odd_sizes(dtype: torch.dtype, transposed: bool) -> No
         executable = Executable(plan_of(kernel), threads=2)
         (whole,) = executable(x, w)
         exact = dtype == torch.float64
-        torch.testing.assert_close(whole.double(), want, rtol=1e-12 if exact else 1e-5, atol=1e-12 if exact else 1e-4)
+        torch.testing.assert_close(
+            whole.double(), want, rtol=1e-12 if exact else 1e-5, atol=1e-12 if exact else 1e-4
+        )
         for rows in (1, 2, 3, 4, 5, 9, 66):
             assert same_bits(executable(x[:rows], w)[0], whole[:rows].contiguous()), (width, rows)
 
 
 def test_printing_is_deterministic_and_shares_equal_functions() -> None:
-    first, second = print_unit([rms_norm(), rms_norm(40), rms_norm()]), print_unit([rms_norm(), rms_norm(40), rms_norm()])
+    first, second = (
+        print_unit([rms_norm(), rms_norm(40), rms_norm()]),
+        print_unit([rms_norm(), rms_norm(40), rms_norm()]),
+    )
     assert first.source == second.source
     assert first.symbols == ("rms_norm", "rms_norm_2")
     assert [f.name for f in first.functions] == ["rms_norm", "rms_norm_2", "rms_norm"]

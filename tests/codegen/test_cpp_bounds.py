@@ -64,7 +64,9 @@ def _run_fenced(kernel: Kernel, buffers: dict[str, Tensor], sizes: dict[str, int
     error = ctypes.c_int32(0)
     for thread in range(2):
         number = (ctypes.c_int64(thread), ctypes.c_int64(2))
-        getattr(library, names[0])(pointers, numbers, *number, ctypes.c_void_p(room.address), ctypes.byref(error))
+        getattr(library, names[0])(
+            pointers, numbers, *number, ctypes.c_void_p(room.address), ctypes.byref(error)
+        )
 
 
 def _survives(kernel: Kernel, buffers: dict[str, Tensor], sizes: dict[str, int]) -> bool:

@@ -37,8 +37,12 @@ def _lookup(name: str, row_bytes: int) -> Kernel:
 def stored_matmul(name: str, rows: int, columns: int, row_bytes: int) -> Kernel:
     """y[m, n] = sum over k of x[m, k] * decode(w[n])[k]."""
     m, n, k = Axis("m", size_symbol("M")), Axis("n", Integer(rows)), Axis("k", Integer(columns))
-    contract = Contract(F32, k, Load(F32, "x", (m.symbol, k.symbol)), Decode(F32, name, "w", (n.symbol,), k.symbol))
-    part = MatmulPart((), (m,), n, (), (Bind("acc", contract),), (Store("y", (m.symbol, n.symbol), Ref(F32, "acc")),))
+    contract = Contract(
+        F32, k, Load(F32, "x", (m.symbol, k.symbol)), Decode(F32, name, "w", (n.symbol,), k.symbol)
+    )
+    part = MatmulPart(
+        (), (m,), n, (), (Bind("acc", contract),), (Store("y", (m.symbol, n.symbol), Ref(F32, "acc")),)
+    )
     buffers = (Buffer("x", F32, (size_symbol("M"), Integer(columns)), "input"),
                Buffer("w", torch.uint8, (Integer(rows), Integer(row_bytes)), "weight", name),
                Buffer("y", F32, (size_symbol("M"), Integer(rows)), "output"))  # fmt: skip
@@ -73,6 +77,8 @@ def test_linear_and_row_invariance(name: str) -> None:
     x = torch.randn(70, COLUMNS)
     (whole,) = executable(x, data)
     want = x.double() @ values.double().T
-    torch.testing.assert_close(whole.double(), want, rtol=1e-5, atol=1e-5 * float(values.abs().max()) * COLUMNS**0.5)
+    torch.testing.assert_close(
+        whole.double(), want, rtol=1e-5, atol=1e-5 * float(values.abs().max()) * COLUMNS**0.5
+    )
     for rows in (*range(1, 17), 33, 64, 65):
         assert same_bits(executable(x[:rows], data)[0], whole[:rows].contiguous()), rows

@@ -65,7 +65,9 @@ COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize("name", ["add", "sub", "mul", "div", "max", "min", "floordiv", "mod", "pow", "atan2", *COMPARE])
+@pytest.mark.parametrize(
+    "name", ["add", "sub", "mul", "div", "max", "min", "floordiv", "mod", "pow", "atan2", *COMPARE]
+)
 def test_float_binary(name: str, dtype: torch.dtype) -> None:
     x = specials(dtype)
     y = x.flip(0).clone()
@@ -105,8 +107,8 @@ def test_integer_and_bool_unary() -> None:
         assert torch.equal(got, function(x)), name
     bits = x > 0
     for name in ("not", "bitwise_not"):
-        got = run(pointwise(lambda t: op(name, t[0], dtype=torch.bool), [torch.bool], torch.bool, 64), {"x0": bits})
-        assert torch.equal(got["y"], ~bits), name
+        kernel = pointwise(lambda t: op(name, t[0], dtype=torch.bool), [torch.bool], torch.bool, 64)  # noqa: B023
+        assert torch.equal(run(kernel, {"x0": bits})["y"], ~bits), name
     for name in ("isnan", "isinf"):
         y = specials(F32)
         got = run(pointwise(lambda t: op(name, t[0]), [F32], torch.bool, len(y)), {"x0": y})["y"]  # noqa: B023
@@ -139,7 +141,10 @@ def test_every_sixteen_bit_float_is_read(half: torch.dtype) -> None:
     got = run(pointwise(lambda t: cast(t[0], F32), [half], F32, len(x)), {"x0": x})["y"]
     torch.testing.assert_close(got, x.float(), rtol=0, atol=0, equal_nan=True)
     numbers = bits.view(torch.uint16)
-    read = run(pointwise(lambda t: cast(Op(half, "bitcast", (t[0],)), F32), [torch.uint16], F32, len(x)), {"x0": numbers})
+    read = run(
+        pointwise(lambda t: cast(Op(half, "bitcast", (t[0],)), F32), [torch.uint16], F32, len(x)),
+        {"x0": numbers},
+    )
     torch.testing.assert_close(read["y"], x.float(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -164,7 +169,9 @@ def test_casts(source: torch.dtype, target: torch.dtype) -> None:
 
 def test_bitcasts() -> None:
     x = specials(F32)
-    got = run(pointwise(lambda t: Op(torch.int32, "bitcast", (t[0],)), [F32], torch.int32, len(x)), {"x0": x})["y"]
+    got = run(
+        pointwise(lambda t: Op(torch.int32, "bitcast", (t[0],)), [F32], torch.int32, len(x)), {"x0": x}
+    )["y"]
     assert torch.equal(got, x.view(torch.int32))
 
 
@@ -189,11 +196,15 @@ def test_constants_and_indices() -> None:
     for value in (0.1, -1e-6, 1e30, 3.4e38, float("inf"), float("-inf"), float("nan"), 16777217.0, -0.0, 7.0):
         for dtype in (F32, F64, torch.bfloat16):
             got = run(pointwise(lambda t: Const(dtype, value), [F32], dtype, 1), {"x0": torch.zeros(1)})["y"]  # noqa: B023
-            torch.testing.assert_close(got, torch.tensor([value], dtype=dtype), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                got, torch.tensor([value], dtype=dtype), rtol=0, atol=0, equal_nan=True
+            )
     for whole in (-(2**63), 2**63 - 1, -5, 2**31):
         got = run(pointwise(lambda t: Const(I64, whole), [F32], I64, 1), {"x0": torch.zeros(1)})["y"]  # noqa: B023
         assert got.item() == whole
-    got = run(pointwise(lambda t: IndexValue(F32, 3 * axis_symbol("i") + 1), [F32], F32, 9), {"x0": torch.zeros(9)})["y"]
+    got = run(
+        pointwise(lambda t: IndexValue(F32, 3 * axis_symbol("i") + 1), [F32], F32, 9), {"x0": torch.zeros(9)}
+    )["y"]
     assert torch.equal(got, torch.arange(9) * 3.0 + 1)
 
 

@@ -208,4 +208,4 @@ def test_a_row_that_sees_nothing_gives_zero() -> None:
     buffers = make_buffers(kernel, sizes)
     buffers["mask"][:, :, 1] = False
     out = interpret(kernel, buffers, sizes)["o"]
-    assert (out[0, 1] == 0).all() and (out[0, 0] != 0).any() or not buffers["mask"][0, 0, 0].any()
+    assert ((out[0, 1] == 0).all() and (out[0, 0] != 0).any()) or not buffers["mask"][0, 0, 0].any()

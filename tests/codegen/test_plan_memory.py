@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torchweld.codegen.plan_memory import ALIGNMENT, Lifetime, plan_memory
 
 lifetimes = st.lists(
-    st.tuples(st.integers(0, 5000), st.integers(0, 12), st.integers(0, 6)).map(lambda t: (t[0], t[1], t[1] + t[2])),
+    st.tuples(st.integers(0, 5000), st.integers(0, 12), st.integers(0, 6)).map(
+        lambda t: (t[0], t[1], t[1] + t[2])
+    ),
     max_size=25,
 ).map(lambda rows: [Lifetime(f"v{n}", *row) for n, row in enumerate(rows)])
 
@@ -35,8 +37,8 @@ def test_a_chain_needs_two_places() -> None:
 
 def test_the_tightest_gap_is_taken() -> None:
     values = [
-        Lifetime("large", 640, 0, 3), Lifetime("wall", 64, 1, 9), Lifetime("small", 128, 2, 3), Lifetime("end", 64, 3, 9),
-        Lifetime("late", 128, 4, 9),
+        Lifetime("large", 640, 0, 3), Lifetime("wall", 64, 1, 9), Lifetime("small", 128, 2, 3),
+        Lifetime("end", 64, 3, 9), Lifetime("late", 128, 4, 9),
     ]  # fmt: skip
     plan = plan_memory(values)
     assert plan.offsets["late"] == plan.offsets["small"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.utils._pytree as pytree
@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from tests.generators.graphs import GeneratedCase
 from torchweld.codegen.build_plan import BuiltPlan, build_plan
+from torchweld.codegen.executable import Executable
 from torchweld.codegen.interpreter import interpret
-from torchweld.codegen.ir import Kernel
 from torchweld.codegen.plan import EagerStep, Launch, Plan
 from torchweld.codegen.plan_inputs import bind_sizes
 from torchweld.graph.compare import NonFiniteException, changed_inputs, compare, is_data_movement, snapshot
@@ -26,77 +26,134 @@ from torchweld.optimizer.pipeline import Settings, fuse, group_names, run_graph_
 from torchweld.optimizer.verify import compute_dtype
 
 EXCEPTIONS = frozenset(NonFiniteException)
-
-#: A machine on which nearly every fusion pays: launches are dear, memory is slow.
-TARGET = Target(
-    name="test", read_gbps=10.0, f32_gflops=100.0, bf16_gflops=100.0, int8_gops=100.0, launch_us=20.0, cores=2,
-    l2_bytes=1 << 20,
-)  # fmt: skip
+#: A machine on which nearly every fusion pays: memory is slow and launches are dear.
+TARGET = Target("test", 10.0, 100.0, 100.0, 100.0, 20.0, 1 << 20, 0, 2)
 
 
 class StageFailure(AssertionError):
-    """A stage whose outputs are not those of the program; the message holds the program."""
+    """A stage whose outputs are not those of the program; the message ends with the program's code."""
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """What the passes made of a case."""
+class Stages:
+    """What the passes made of a program."""
 
     program: Program
     groups: GroupGraph
     built: BuiltPlan
     ledger: Ledger
 
+    def applied(self) -> dict[str, int]:
+        """How often each pass changed something."""
+        counts: dict[str, int] = {}
+        for record in self.ledger.passes:
+            counts[record.name] = counts.get(record.name, 0) + record.applied
+        return counts
+
 
 class Judge:
-    """Judges the outputs of stages of one case; the yardstick is measured once."""
+    """Judges the outputs of stages of one program at fixed inputs."""
 
     def __init__(self, program: Program, inputs: Sequence[object], label: str, code: Callable[[], str]) -> None:
-        self.inputs, self.label, self.code = tuple(inputs), label, code
-        module = program.graph_module
+        self.program, self.inputs, self.label, self.code = program.copied(), tuple(inputs), label, code
+        module = self.program.graph_module
         self.reference = reference_float64(module, self.inputs)
         with torch.no_grad():
             self.eager = tuple(module(*self.inputs))
-        self.dtype = compute_dtype(program)
-        self.spread = rounding_spread(module, self.inputs, self.dtype) if False else None
-        self.moves = is_data_movement(module)
+        self.dtype = compute_dtype(self.program)
+        self.moves_data = is_data_movement(module)
 
-    def stage(self, name: str, run: Callable[..., Sequence[object]]) -> tuple[object, ...]:
-        """Run a stage; StageFailure unless its outputs are right and its inputs what they were."""
+    def stage(self, name: str, run: Callable[..., Sequence[object]]) -> None:
+        """Run a stage; StageFailure unless its outputs are right and its inputs are what they were."""
         before = snapshot(self.inputs)
         try:
             with torch.no_grad():
                 outputs = tuple(run(*self.inputs))
         except Exception as error:
-            raise StageFailure(f"{self.label}: {name} raises {type(error).__name__}: {error}\n{self.code()}") from error
-        verdict = compare(
-            outputs, self.reference, dtype_of_compute=self.dtype, eager=self.eager, data_movement=self.moves,
-            exceptions=EXCEPTIONS,
-        )  # fmt: skip
-        reasons = [*verdict.reasons, *(f"input {n} was changed" for n in changed_inputs(before, self.inputs))]
+            raise self.failure(name, f"raises {type(error).__name__}: {error}") from error
+        reasons = self._compare(outputs, None)
         if reasons:
-            raise StageFailure(f"{self.label}: {name}: {'; '.join(reasons)}\n{self.code()}")
-        return outputs
+            # Sampling the rounding costs seven runs: only where the eager run alone is too narrow a yardstick.
+            spread = rounding_spread(self.program.graph_module, self.inputs, self.dtype)
+            reasons = self._compare(outputs, spread)
+        reasons += tuple(f"input {n} was changed" for n in changed_inputs(before, self.inputs))
+        if reasons:
+            raise self.failure(name, "; ".join(reasons))
+
+    def failure(self, stage: str, problem: str) -> StageFailure:
+        """The error that names stage, problem and program."""
+        return StageFailure(f"{self.label}\nstage {stage}: {problem}\n\n{self.code()}")
+
+    def _compare(self, outputs: Sequence[object], spread: Sequence[object] | None) -> tuple[str, ...]:
+        verdict = compare(
+            tuple(outputs), self.reference, dtype_of_compute=self.dtype, eager=self.eager, spread=spread,
+            data_movement=self.moves_data, exceptions=EXCEPTIONS,
+        )  # fmt: skip
+        return verdict.reasons
 
 
-def program_of(module: fx.GraphModule, inputs: Sequence[object], outputs: int) -> Program:
-    """A module in captured form (with fake values on its nodes) as a program."""
-    in_spec = pytree.tree_structure((tuple(inputs), {}))
-    return Program(module, in_spec, pytree.tree_structure(tuple(range(outputs))), "random")
+def program_of(case: GeneratedCase) -> Program:
+    """A case with static sizes in captured form."""
+    module = case.with_fake_values()
+    in_spec = pytree.tree_structure((case.inputs, {}))
+    return Program(module, in_spec, pytree.tree_structure(case.outputs), "random", tuple(s.name for s in case.input_specs))
 
 
-def compile_stages(program: Program, judge: Judge) -> Compiled:
-    """All passes and the plan; every stage is judged but the kernels."""
-    ledger = Ledger()
+def compile_stages(program: Program, judge: Judge) -> Stages:
+    """All passes and the plan, judged after the graph passes and after fusion."""
+    hints = size_hints(program, tuple(value for value in judge.inputs if isinstance(value, Tensor)))
+    settings = Settings(TARGET, hints)
+    try:
+        rewritten = run_graph_passes(program, settings)
+        judge.stage("graph passes", rewritten.graph_module)
+        groups = fuse(rewritten, settings)
+        fused = fused_module(groups, group_names(groups))
+        judge.stage("fusion", fused)
+        return Stages(rewritten, groups, build_plan(groups), settings.ledger)
+    except StageFailure as failure:
+        _blame(program, replace(settings, ledger=Ledger()), judge)
+        raise failure
+    except Exception as error:
+        raise judge.failure("compilation", f"raises {type(error).__name__}: {error}") from error
 
-    def after_pass(name: str, module: fx.GraphModule) -> None:
-        judge.stage(name, lambda *flat: tuple(module(*flat)))
 
-    tensors = tuple(value for value in judge.inputs if isinstance(value, Tensor))
-    settings = Settings(TARGET, size_hints(program, tensors), after_pass=None, ledger=ledger)
-    program = run_graph_passes(program, settings)
-    judge.stage("graph passes", lambda *flat: tuple(program.graph_module(*flat)))
-    groups = fuse(program, settings)
-    fused = fused_module(groups, group_names(groups))
-    judge.stage("fusion", lambda *flat: tuple(fused(*flat)))
-    return Compiled(program, groups, build_plan(groups), ledger)
+def _blame(program: Program, settings: Settings, judge: Judge) -> None:
+    """Judge after every single pass: raises the failure that names the guilty one."""
+    settings.after_pass = lambda name, module: judge.stage(name, module)
+    fuse(run_graph_passes(program, settings), settings)
+
+
+def results_of(built: BuiltPlan, outputs: Sequence[object]) -> tuple[object, ...]:
+    """The graph's results from the plan's outputs."""
+    return tuple(constant if at is None else outputs[at] for at, constant in built.results)
+
+
+def run_executable(built: BuiltPlan, executable: Executable, flat: Sequence[object]) -> tuple[object, ...]:
+    """The results of a compiled plan."""
+    tensors = [value for at in built.tensor_inputs if isinstance(value := flat[at], Tensor)]
+    return results_of(built, executable(*tensors))
+
+
+def run_interpreted(built: BuiltPlan, flat: Sequence[object]) -> tuple[object, ...]:
+    """The results of a plan whose kernels run in the reference interpreter."""
+    plan = built.plan
+    tensors = [value for at in built.tensor_inputs if isinstance(value := flat[at], Tensor)]
+    sizes = bind_sizes(plan, [tuple(tensor.shape) for tensor in tensors])
+    values: dict[str, Tensor] = dict(plan.constants)
+    values |= dict(zip((spec.name for spec in plan.inputs), tensors, strict=True))
+    for step in plan.steps:
+        if isinstance(step, EagerStep):
+            arguments = [sizes[name] if name in sizes else values[name] for name in step.arguments]
+            values |= dict(zip(step.results, step.module(*arguments), strict=True))
+        else:
+            values |= _interpret_launch(plan, step, values, sizes)
+    return results_of(built, [values[name] for name in plan.outputs])
+
+
+def _interpret_launch(
+    plan: Plan, launch: Launch, values: dict[str, Tensor], sizes: dict[str, int]
+) -> dict[str, Tensor]:
+    pairs = list(zip(launch.kernel.buffers, launch.arguments, strict=True))
+    given = {buffer.name: values[name].contiguous() for buffer, name in pairs if buffer.role != "output"}
+    results = interpret(launch.kernel, given, sizes)
+    return {name: results[buffer.name] for buffer, name in pairs if buffer.role == "output"}

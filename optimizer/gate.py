@@ -1,0 +1,75 @@
+"""Never slower: the compiled program against the captured graph, run eagerly, at the sizes of the example.
+
+The compiled program stays only if it is at least as fast.  Measured in turn (A B A B), medians; one eager run decides
+where the compiled program wins clearly, so that a slow model is not run many times for a foregone conclusion.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from torchweld.graph.program import Program
+from torchweld.optimizer.compile import Compiled
+from torchweld.optimizer.ledger import Fallback, PassRecord
+
+NAME = "keep_if_faster"
+ROUNDS = 5
+CLEARLY = 1.5
+TOLERANCE = 1.03
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Median milliseconds of both at the example's sizes."""
+
+    compiled_ms: float
+    eager_ms: float
+
+    @property
+    def keep(self) -> bool:
+        """Whether the compiled program may stay; a difference within the noise of a clock does not count."""
+        return self.compiled_ms <= self.eager_ms * TOLERANCE
+
+
+def keep_if_faster(compiled: Compiled, program: Program, flat_inputs: Sequence[object]) -> Verdict | None:
+    """Take the executable back if it is slower than the captured graph; the verdict goes into the report.
+
+    None where the program runs eagerly anyway.
+    """
+    if compiled.executable is None:
+        return None
+    verdict = measure(lambda: compiled(*flat_inputs), lambda: program.graph_module(*flat_inputs))
+    saving = (verdict.eager_ms - verdict.compiled_ms) * 1e3
+    record = PassRecord(NAME, "exact", 1, (), 1, verdict.keep, measured_saving_us=saving)
+    report = replace(compiled.report, passes=(*compiled.report.passes, record))
+    if not verdict.keep:
+        reason = f"slower than torch at these sizes: {verdict.compiled_ms:.3f} ms against {verdict.eager_ms:.3f} ms"
+        compiled.executable, compiled.eager_reason = None, reason
+        report = replace(report, fallbacks=(Fallback("the whole program", reason),))
+    compiled.report = report
+    return verdict
+
+
+def measure(compiled: Callable[[], object], eager: Callable[[], object]) -> Verdict:
+    """Time both in turn."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    with torch.no_grad():
+        compiled()
+        for _ in range(ROUNDS):
+            ours.append(_milliseconds(compiled))
+            theirs.append(_milliseconds(eager))
+            if ours[-1] * CLEARLY < theirs[-1]:
+                break
+    return Verdict(statistics.median(ours), statistics.median(theirs))
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
