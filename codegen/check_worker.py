@@ -28,7 +28,11 @@ def main() -> int:
     failed = False
     for number, name in enumerate(sys.argv[1:]):
         try:
-            result: dict[str, object] = {"file": name, "error": check_file(Path(name), number), "problem": None}
+            result: dict[str, object] = {
+                "file": name,
+                "error": check_file(Path(name), number),
+                "problem": None,
+            }
         except Exception as error:
             failed = True
             last = traceback.extract_tb(error.__traceback__)[-1]

@@ -122,7 +122,9 @@ def _merge(dumps: Sequence[KernelDump]) -> list[KernelDump]:
             continue
         first = merged[name]
         if first.kernel is not entry.kernel and first.kernel != entry.kernel:
-            raise ValueError(f"two different kernels are called {name!r}: give every kernel a name of its own")
+            raise ValueError(
+                f"two different kernels are called {name!r}: give every kernel a name of its own"
+            )
         merged[name] = KernelDump(
             first.kernel, first.reference, first.uses + entry.uses, first.cpp_source, first.check_sizes
         )
@@ -164,14 +166,25 @@ def _write_resources(out: Path, builds: Sequence[GpuBuild]) -> None:
     """resources.md for people, resources.json for programs."""
     rows = [_row(build) for build in builds]
     (out / "resources.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    columns = ("kernel", "target", "registers", "spilled_bytes", "shared_bytes", "threads", "occupancy", "problem")
+    columns = (
+        "kernel",
+        "target",
+        "registers",
+        "spilled_bytes",
+        "shared_bytes",
+        "threads",
+        "occupancy",
+        "problem",
+    )
     lines = ["# Resources of the GPU kernels", "",
              "Registers and spilled bytes per thread, shared memory per block; occupancy is the share of a",
              "multiprocessor's warps that can be resident.", "",
              "| " + " | ".join(columns).replace("_", " ") + " |", "|" + "---|" * len(columns)]  # fmt: skip
     for row in rows:
         cells = ["" if row[column] is None else str(row[column]) for column in columns]
-        lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ")[:120] for cell in cells) + " |")
+        lines.append(
+            "| " + " | ".join(cell.replace("|", "/").replace("\n", " ")[:120] for cell in cells) + " |"
+        )
     (out / "resources.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -198,7 +211,9 @@ def check_files(files: Sequence[Path], workers: int = 2, seconds: float = 600.0)
     workers = max(1, min(workers, len(files)))
     chunks = [list(files[w::workers]) for w in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
-        found = [result for results in pool.map(lambda c: _check_chunk(c, seconds), chunks) for result in results]
+        found = [
+            result for results in pool.map(lambda c: _check_chunk(c, seconds), chunks) for result in results
+        ]
     order = {file: position for position, file in enumerate(files)}
     return sorted(found, key=lambda result: order[result.file])
 

@@ -61,7 +61,9 @@ def check_sizes_of(kernel: Kernel) -> dict[str, int]:
     """Small sizes, different from each other, at which no buffer has a negative extent."""
     for numbers in _PRIMES:
         sizes = {name: numbers[i % len(numbers)] for i, name in enumerate(kernel.sizes)}
-        if all(evaluate(extent, sizes) > 0 for b in kernel.buffers for extent in b.shape if extent.free_symbols):
+        if all(
+            evaluate(extent, sizes) > 0 for b in kernel.buffers for extent in b.shape if extent.free_symbols
+        ):
             return sizes
     raise ValueError(f"kernel {kernel.name}: no sizes found for its self-check; give some")
 
@@ -78,7 +80,10 @@ def docstring(
     kernel: Kernel, sizes: Mapping[str, int], targets: Sequence[GpuTarget], uses: Sequence[str]
 ) -> str:
     """What the kernel does, where it comes from, and what it costs."""
-    lines = [f"{kernel.name}: {', '.join(dict.fromkeys(_operation(o) for o in kernel.ops)) or 'a fused kernel'}.", ""]
+    lines = [
+        f"{kernel.name}: {', '.join(dict.fromkeys(_operation(o) for o in kernel.ops)) or 'a fused kernel'}.",
+        "",
+    ]
     lines += formula(kernel)
     lines += ["", "buffers:", *(f"    {_describe(b)}" for b in kernel.buffers)]
     if kernel.sources:
@@ -110,7 +115,9 @@ def cost_lines(kernel: Kernel, sizes: Mapping[str, int], targets: Sequence[GpuTa
         time = roofline_microseconds(nbytes, flops, ceilings)
         is_memory = nbytes / ceilings.read_gb_s > flops / ceilings.f32_gflops
         bound = "memory" if is_memory else "arithmetic"
-        lines.append(f"    roofline {target.name} ({target.chip}): {time:.2f} us with the launch, bound by {bound}")
+        lines.append(
+            f"    roofline {target.name} ({target.chip}): {time:.2f} us with the launch, bound by {bound}"
+        )
     return lines
 
 
@@ -131,13 +138,19 @@ def _make_input(buffer: Buffer, kernel: Kernel) -> str:
         if stored.scales:
             return f"stored_weight({shape}, {stored.block_bytes}, {stored.scales}, generator)"
         dense = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}[buffer.format]
-        columns = "[" + ", ".join([*map(_text, buffer.shape[:-1]), _text(buffer.shape[-1] / stored.block_bytes)]) + "]"
+        columns = (
+            "["
+            + ", ".join([*map(_text, buffer.shape[:-1]), _text(buffer.shape[-1] / stored.block_bytes)])
+            + "]"
+        )
         return f"torch.randn({columns}, generator=generator).to({dense}).view(torch.uint8)"
     if buffer.dtype == torch.bool:
         return f"torch.rand({shape}, generator=generator) > 0.3"
     if buffer.dtype.is_floating_point:
         return f"torch.randn({shape}, generator=generator).to({buffer.dtype})"
-    return f"torch.randint(0, {_integer_limit(buffer, kernel)}, {shape}, generator=generator).to({buffer.dtype})"
+    return (
+        f"torch.randint(0, {_integer_limit(buffer, kernel)}, {shape}, generator=generator).to({buffer.dtype})"
+    )
 
 
 def _integer_limit(buffer: Buffer, kernel: Kernel) -> str:

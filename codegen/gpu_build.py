@@ -114,7 +114,10 @@ class _Job:
 
 
 def build_for_gpus(
-    kernels: Sequence[TritonKernel], targets: Sequence[GpuTarget], workers: int = 2, cache: Cache | None = None
+    kernels: Sequence[TritonKernel],
+    targets: Sequence[GpuTarget],
+    workers: int = 2,
+    cache: Cache | None = None,
 ) -> list[GpuBuild]:
     """Compile every kernel for every target, kernel by kernel; what fails comes back with its `problem`.
 
@@ -211,7 +214,9 @@ def _finish(job: _Job, answer: Mapping[str, JsonValue]) -> GpuBuild:
 def check_elf(binary: bytes, target: GpuTarget) -> None:
     """Raise GpuBuildError unless `binary` is a whole ELF file for the target's kind of GPU."""
     if len(binary) < 64 or binary[:4] != b"\x7fELF" or binary[4] != 2:
-        raise GpuBuildError(f"{target.name}: the compiler's output of {len(binary)} bytes is no 64-bit ELF file")
+        raise GpuBuildError(
+            f"{target.name}: the compiler's output of {len(binary)} bytes is no 64-bit ELF file"
+        )
     machine = int.from_bytes(binary[18:20], "little")
     if machine != _MACHINES[target.backend]:
         raise GpuBuildError(f"{target.name}: ELF machine {machine}, expected {_MACHINES[target.backend]}")

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from torchweld.codegen.interpreter_ops import FOLDS, POINTWISE
 from torchweld.codegen.ir import Indirect, Kernel, Part, Store, part_axes, part_binds, part_terms
 from torchweld.graph.formats import get_format
 from torchweld.graph.index import FloorDiv, Mod, evaluate
@@ -151,7 +152,9 @@ class _PartRun:
         if expr.is_Pow:
             return torch.pow(parts[0], parts[1])
         if expr.func.__name__ not in _INDEX_OPS:
-            raise ValueError(f"kernel {self.kernel.name}: index expression {expr} holds unknown {expr.func.__name__}")
+            raise ValueError(
+                f"kernel {self.kernel.name}: index expression {expr} holds unknown {expr.func.__name__}"
+            )
         combine = _INDEX_OPS[expr.func.__name__]
         total = parts[0]
         for part in parts[1:]:
@@ -186,7 +189,12 @@ class _PartRun:
         return torch.full([1] * len(self.dimension), value, dtype=dtype)
 
     def check_range(
-        self, buffer: str, exprs: Sequence[Expr], index: list[Tensor], shape: Sequence[int], legal: Tensor | None
+        self,
+        buffer: str,
+        exprs: Sequence[Expr],
+        index: list[Tensor],
+        shape: Sequence[int],
+        legal: Tensor | None,
     ) -> None:
         """Raise IndexError where an index lies outside `shape` although `legal` (None: everywhere) holds."""
         for expr, at, extent in zip(exprs, index, shape, strict=True):
@@ -310,7 +318,9 @@ class _PartRun:
 
     def enter(self, axes: Sequence[Axis], scope: _Scope) -> _Scope:
         """The scope inside a reduction over `axes`."""
-        return _Scope({**scope.extents, **{a.name: evaluate(a.extent, self.sizes) for a in axes}}, scope.legal)
+        return _Scope(
+            {**scope.extents, **{a.name: evaluate(a.extent, self.sizes) for a in axes}}, scope.legal
+        )
 
     def spread(self, value: Tensor, axes: Sequence[Axis], inner: _Scope) -> Tensor:
         """`value` with the full extent along `axes`, also where it does not depend on them."""
@@ -329,14 +339,18 @@ class _PartRun:
             return torch.full(kept, _identity(term), dtype=self.carrier(term.dtype))
         others = [d for d in range(body.dim()) if d not in dims]
         flat = body.permute(others + dims).reshape([*(body.shape[d] for d in others), -1])
-        return self.settle(_FOLDS[term.monoid.kind](flat).reshape(kept), term.dtype)
+        return self.settle(FOLDS[term.monoid.kind](flat).reshape(kept), term.dtype)
 
     def product_sum(self, a: Tensor, b: Tensor, axis: Axis, inner: _Scope) -> Tensor:
         """The sum of a * b along `axis`; einsum, so that a large contraction is a matmul and not a huge product."""
         dims = list(range(len(self.dimension)))
         at = self.dimension[axis.name]
         result = torch.einsum(
-            self.spread(a, [axis], inner), dims, self.spread(b, [axis], inner), dims, [d for d in dims if d != at]
+            self.spread(a, [axis], inner),
+            dims,
+            self.spread(b, [axis], inner),
+            dims,
+            [d for d in dims if d != at],
         )
         return result.unsqueeze(at)
 
@@ -404,73 +418,3 @@ def _identity(fold: Fold) -> float | int | bool:
             return float("-inf") if fold.dtype.is_floating_point else torch.iinfo(fold.dtype).min
         case "min":
             return float("inf") if fold.dtype.is_floating_point else torch.iinfo(fold.dtype).max
-
-
-_FOLDS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda x: x.sum(-1),
-    "prod": lambda x: x.prod(-1),
-    "max": lambda x: x.amax(-1),
-    "min": lambda x: x.amin(-1),
-    "any": lambda x: (x != 0).any(-1),
-    "all": lambda x: (x != 0).all(-1),
-    "argmax": lambda x: x.argmax(-1),
-    "argmin": lambda x: x.argmin(-1),
-}
-
-
-def _safe(divisor: Tensor) -> Tensor:
-    """Integers divide by 1 instead of 0: a guarded division is evaluated where its value is thrown away, too."""
-    return divisor if divisor.is_floating_point() else divisor.masked_fill(divisor == 0, 1)
-
-
-POINTWISE: Mapping[str, Callable[..., Tensor]] = {
-    "neg": torch.neg,
-    "abs": torch.abs,
-    "exp": torch.exp,
-    "exp2": torch.exp2,
-    "log": torch.log,
-    "log2": torch.log2,
-    "log1p": torch.log1p,
-    "expm1": torch.expm1,
-    "sqrt": torch.sqrt,
-    "rsqrt": torch.rsqrt,
-    "reciprocal": torch.reciprocal,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "erf": torch.erf,
-    "sin": torch.sin,
-    "cos": torch.cos,
-    "floor": torch.floor,
-    "ceil": torch.ceil,
-    "round": torch.round,
-    "trunc": torch.trunc,
-    "not": torch.logical_not,
-    "isnan": torch.isnan,
-    "isinf": torch.isinf,
-    "sign": torch.sign,
-    "relu": torch.relu,
-    "bitwise_not": torch.bitwise_not,
-    "add": lambda a, b: a | b if a.dtype == torch.bool else a + b,
-    "sub": torch.sub,
-    "mul": torch.mul,
-    "div": lambda a, b: torch.true_divide(a, b),
-    "floordiv": lambda a, b: torch.floor_divide(a, _safe(b)),
-    "mod": lambda a, b: torch.remainder(a, _safe(b)),
-    "pow": torch.pow,
-    "max": torch.maximum,
-    "min": torch.minimum,
-    "eq": torch.eq,
-    "ne": torch.ne,
-    "lt": torch.lt,
-    "le": torch.le,
-    "gt": torch.gt,
-    "ge": torch.ge,
-    "and": torch.bitwise_and,
-    "or": torch.bitwise_or,
-    "xor": torch.bitwise_xor,
-    "shl": torch.bitwise_left_shift,
-    "shr": torch.bitwise_right_shift,
-    "atan2": torch.atan2,
-    "where": torch.where,
-}
-"""The meaning of every pointwise operation on carriers; `cast` and `bitcast` need the dtypes and stand above."""

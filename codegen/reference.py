@@ -34,7 +34,13 @@ _INLINED: Mapping[str, tuple[str, tuple[Callable[..., object], ...]]] = {
     "attention": ("attention_reference", (positional_visibility, attention_reference)),
     "rope": ("rope_reference", (rotate, rope_reference)),
 }
-_SYMBOLS = {operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "//", operator.truediv: "/"}
+_SYMBOLS = {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.floordiv: "//",
+    operator.truediv: "/",
+}
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,9 @@ class _Printer:
             left, right = (self.argument(a) for a in node.args)
             return f"{left} {_SYMBOLS[node.target]} {right}"
         if not isinstance(node.target, torch._ops.OpOverload):
-            raise NotImplementedError(f"reference: node {node.name} calls {node.target}, expected an operation")
+            raise NotImplementedError(
+                f"reference: node {node.name} calls {node.target}, expected an operation"
+            )
         arguments = [self.argument(a) for a in node.args]
         arguments += [f"{key}={self.argument(value)}" for key, value in node.kwargs.items()]
         return f"{self.callee(node)}({', '.join(arguments)})"
@@ -144,7 +152,9 @@ class _Printer:
             self.inlined[format] = decode_source(format)
             return f"decode_{format.lower()}"
         if name not in _INLINED:
-            raise NotImplementedError(f"reference: node {node.name} calls {node.target}, which has no plain source")
+            raise NotImplementedError(
+                f"reference: node {node.name} calls {node.target}, which has no plain source"
+            )
         function, sources = _INLINED[name]
         self.inlined |= {source.__name__: plain_source(source) for source in sources}
         return function

@@ -8,13 +8,23 @@ to be small stays 32 bits wide.
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
 from pathlib import Path
 
-from torchweld.codegen.ir import AttentionPart, Buffer, Kernel, MatmulPart, Part, RowPart, Schedule, part_binds, part_terms
+from torchweld.codegen.ir import (
+    AttentionPart,
+    Buffer,
+    Kernel,
+    MatmulPart,
+    Part,
+    RowPart,
+    Schedule,
+    part_binds,
+    part_terms,
+)
 from torchweld.codegen.triton_attention import attend_of, print_attention
 from torchweld.codegen.triton_folds import FoldPrinter
 from torchweld.codegen.triton_frame import Frame
@@ -26,18 +36,44 @@ from torchweld.codegen.triton_writer import Writer
 from torchweld.graph.terms import Expr, Load, walk
 
 _INDENT = "    "
-_RESERVED = ("tl", "triton", "torch", "pid", "range", "float", "DOT_DTYPE", "math", "os",
-             "launch", "run", "allocate", "program_count", "reference", "check", "benchmark", "make_inputs",
-             "untouched", "largest_error", "stored_weight", "OUTPUTS", "first", "programs", "aten", "main")
+_RESERVED = (
+    "tl",
+    "triton",
+    "torch",
+    "pid",
+    "range",
+    "float",
+    "DOT_DTYPE",
+    "math",
+    "os",
+    "launch",
+    "run",
+    "allocate",
+    "program_count",
+    "reference",
+    "check",
+    "benchmark",
+    "make_inputs",
+    "untouched",
+    "largest_error",
+    "stored_weight",
+    "OUTPUTS",
+    "first",
+    "programs",
+    "aten",
+    "main",
+)
 
 
 @dataclass(frozen=True)
 class TritonKernel:
     """A printed kernel.
 
-    source    the helpers and functions; needs `import triton` and `import triton.language as tl` before it
-    entry     the name of the kernel function; its arguments are buffers, sizes, then `DOT_DTYPE` if `has_dot_dtype`
-    launcher  the source of `launch(inputs..., sizes...) -> outputs`, plain Python
+    entry      the name of the kernel function; its arguments are buffers, sizes, then `DOT_DTYPE` if there is one
+    source     helpers and functions; needs `import triton` and `import triton.language as tl` before it
+    launcher   host functions program_count, allocate, run and `launch(inputs..., sizes...) -> outputs`; needs torch
+    signature  Triton's type of every argument but `DOT_DTYPE`
+    dot_dtype  the 16-bit dtype (as an attribute of tl) that operands are given to tl.dot in; "" if there is none
     """
 
     entry: str
@@ -46,7 +82,6 @@ class TritonKernel:
     signature: dict[str, str]
     warps: int
     stages: int
-    has_dot_dtype: bool
     dot_dtype: str
 
 
@@ -81,11 +116,11 @@ def build_triton(kernel: Kernel, shrink: int = 0) -> TritonKernel:
     texts = [text for name, text in helper_sources().items() if name in _needed(helpers)]
     warps = max((s.warps for s in schedules), default=4)
     stages = max((s.stages for s in schedules), default=1)
-    signature = {pointers[b.name]: POINTER_NAMES[b.dtype] for b in kernel.buffers} | {s: "i64" for s in kernel.sizes}
+    signature = {pointers[b.name]: POINTER_NAMES[b.dtype] for b in kernel.buffers}
+    signature |= dict.fromkeys(kernel.sizes, "i64")
     launcher = _launcher(kernel, entry, schedules, half, (warps, stages))
-    return TritonKernel(
-        entry, "\n\n\n".join([*texts, *functions]) + "\n", launcher, signature, warps, stages, half is not None, half or ""
-    )
+    source = "\n\n\n".join([*texts, *functions]) + "\n"
+    return TritonKernel(entry, source, launcher, signature, warps, stages, half or "")
 
 
 def _arguments(kernel: Kernel, pointers: dict[str, str], has_dot_dtype: bool) -> str:
@@ -94,7 +129,12 @@ def _arguments(kernel: Kernel, pointers: dict[str, str], has_dot_dtype: bool) ->
 
 
 def _part_body(
-    kernel: Kernel, part: Part, schedule: Schedule, pointers: dict[str, str], names: Names, helpers: dict[str, None]
+    kernel: Kernel,
+    part: Part,
+    schedule: Schedule,
+    pointers: dict[str, str],
+    names: Names,
+    helpers: dict[str, None],
 ) -> list[str]:
     """The lines of one part's function."""
     writer = Writer(names, helpers=helpers)
@@ -196,7 +236,9 @@ def _launcher(
 
 
 def _host_function(name: str, parameters: str, summary: str, body: list[str]) -> str:
-    return "\n".join([f"def {name}({parameters}):", *(_INDENT + line for line in (f'"""{summary}"""', *body))])
+    return "\n".join(
+        [f"def {name}({parameters}):", *(_INDENT + line for line in (f'"""{summary}"""', *body))]
+    )
 
 
 def _empty(buffer: Buffer) -> str:

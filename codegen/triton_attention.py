@@ -101,9 +101,7 @@ def _visible_blocks(printer: FoldPrinter, part: AttentionPart, schedule: Schedul
     return writer.let("first", Value(oldest)).text, last.text
 
 
-def _print_scores(
-    printer: FoldPrinter, attend: Attend, tiles: _Tiles, s: Value, schedule: Schedule
-) -> Value:
+def _print_scores(printer: FoldPrinter, attend: Attend, tiles: _Tiles, s: Value, schedule: Schedule) -> Value:
     """Scores of a block of keys, hidden ones at -inf."""
     writer, d_block = printer.writer, padded_features(attend.d)
     keys_across = operand_frame(printer, printer.frame, attend.s, s, 1, schedule.block_k)
@@ -154,7 +152,9 @@ def _print_update(
     frame = operand_frame(printer, printer.frame, attend.s, s, 0, schedule.block_k)
     group, dims = tiles.features
     with printer.within(frame.with_group(group, **dims)):
-        v = tile_operand(printer, attend.v, attend.s, f"[{schedule.block_k}, {padded_features(part.feature)}]")
+        v = tile_operand(
+            printer, attend.v, attend.s, f"[{schedule.block_k}, {padded_features(part.feature)}]"
+        )
         v = writer.let("v", v)
     write = writer.line
     write(f"new_top = tl.maximum({top}, tl.max({scores.text}, axis=1, keep_dims=True))")

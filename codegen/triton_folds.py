@@ -154,7 +154,9 @@ class FoldPrinter(TermPrinter):
         match kind:
             case "prod":
                 self.writer.helpers["multiply"] = None
-                return Value(f"tl.reduce({value.text}, {int(not is_flat)}, multiply, keep_dims={not is_flat})", dims)
+                return Value(
+                    f"tl.reduce({value.text}, {int(not is_flat)}, multiply, keep_dims={not is_flat})", dims
+                )
             case "any" | "all":
                 function = "max" if kind == "any" else "min"
                 return Value(f"(tl.{function}({value.text}, {short}) != 0)", dims)

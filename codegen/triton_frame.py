@@ -149,7 +149,9 @@ class IndexPrinter:
         for new_expr, count in _flattenings(expr, group):
             flat = sympy.Symbol(f"_flat{len(flats)}", integer=True, nonnegative=True)
             prefix = self.prefix(group, count)
-            flats[flat] = prefix if prefix.is_atom else self.writer.let("_".join(_names(group, count)), prefix)
+            flats[flat] = (
+                prefix if prefix.is_atom else self.writer.let("_".join(_names(group, count)), prefix)
+            )
             return new_expr.subs(_PLACE, flat)
         return expr
 

@@ -109,12 +109,15 @@ def atan2(y, x):
     steep = ratio > 0.41421356
     t = tl.where(steep, (ratio - 1.0) / (ratio + 1.0), ratio)
     s = t * t
-    series = (((8.05374449538e-2 * s - 1.38776856032e-1) * s + 1.99777106478e-1) * s - 3.33329491539e-1) * s * t + t
+    series = (
+        ((8.05374449538e-2 * s - 1.38776856032e-1) * s + 1.99777106478e-1) * s - 3.33329491539e-1
+    ) * s * t + t
     angle = tl.where(steep, series + 0.78539816339, series)
     angle = tl.where(high > wide, 1.57079632679 - angle, angle)
-    angle = tl.where(x < 0.0, 3.14159265359 - angle, angle)
+    # 1 / x tells -0 from 0, which x < 0 does not.
+    angle = tl.where(tl.where(x == 0.0, 1.0 / x, x) < 0.0, 3.14159265359 - angle, angle)
     angle = tl.where(x != x, x, tl.where(y != y, y, angle))
-    return tl.where(y < 0.0, -angle, angle)
+    return tl.where(tl.where(y == 0.0, 1.0 / y, y) < 0.0, -angle, angle)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from torchweld.graph.terms import Axis, Contract, Load, Op, Term
 
 
 def print_matmul(printer: FoldPrinter, part: MatmulPart, schedule: Schedule) -> None:
-    """The body of a function that runs program `pid` of a MatmulPart; programs of one column of tiles are neighbours."""
+    """The body of a function that runs program `pid` of a MatmulPart; the tiles of one column are neighbours."""
     writer = printer.writer
     printer.frame = Frame(2)
     m_tiles = writer.let("row_tiles", ceil_div(printer, part.rows, schedule.block_rows))
@@ -71,7 +71,9 @@ def _same_k(contracts: Sequence[Bind]) -> list[list[Bind]]:
 def contract_of(bind: Bind) -> Contract:
     """The Contract that a MatmulPart binds."""
     if not isinstance(bind.term, Contract):
-        raise TypeError(f"bind {bind.name!r} of a MatmulPart: expected a Contract, got {type(bind.term).__name__}")
+        raise TypeError(
+            f"bind {bind.name!r} of a MatmulPart: expected a Contract, got {type(bind.term).__name__}"
+        )
     return bind.term
 
 
@@ -111,7 +113,12 @@ def _print_contracts(
 
 
 def _print_step(
-    printer: FoldPrinter, bind: Bind, accumulator: str, k: Value, n: tuple[Group, dict[str, Dim]], schedule: Schedule
+    printer: FoldPrinter,
+    bind: Bind,
+    accumulator: str,
+    k: Value,
+    n: tuple[Group, dict[str, Dim]],
+    schedule: Schedule,
 ) -> None:
     """One block of k added to one accumulator."""
     contract, writer = contract_of(bind), printer.writer
@@ -138,7 +145,9 @@ def as_dot_operand(value: Value, dtype: str) -> str:
     return value.text if dtype == "tl.float32" else f"{value.operand}.to({dtype})"
 
 
-def operand_frame(printer: FoldPrinter, frame: Frame, axis: Axis, flat: Value, place: int, block: int) -> Frame:
+def operand_frame(
+    printer: FoldPrinter, frame: Frame, axis: Axis, flat: Value, place: int, block: int
+) -> Frame:
     """`frame` with the summed axis down the rows (place 0) or across the columns (place 1)."""
     side = "[:, None]" if place == 0 else "[None, :]"
     hint = f"{flat.text}_{'down' if place == 0 else 'across'}"
@@ -161,5 +170,7 @@ def tile_operand(printer: FoldPrinter, term: Term, axis: Axis, shape: str) -> Va
         value = Value(f"tl.where({mask}, {value.text}, 0.0)", value.dims | {dim})
     if printer.frame.shape(value.dims) != shape:
         text = f"tl.full({shape}, {value.text}, tl.float32)" if not value.dims else value.text
-        value = Value(f"tl.broadcast_to({text}, {shape})" if value.dims else text, frozenset(printer.frame.dims))
+        value = Value(
+            f"tl.broadcast_to({text}, {shape})" if value.dims else text, frozenset(printer.frame.dims)
+        )
     return printer.writer.let("operand", value)

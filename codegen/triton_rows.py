@@ -6,24 +6,17 @@ wider rows are walked in blocks.  Parts without columns put their points along t
 
 from __future__ import annotations
 
-import sympy
-
 from torchweld.codegen.ir import RowPart, Schedule, part_terms
 from torchweld.codegen.triton_folds import FoldPrinter
 from torchweld.codegen.triton_frame import Frame
 from torchweld.codegen.triton_schedule import column_block, is_single_tile, width
 from torchweld.codegen.triton_store import print_store, tile_group
-from torchweld.graph.terms import Contract, Expr, Fold
+from torchweld.graph.terms import Contract, Fold
 
 
 def has_columns(part: RowPart) -> bool:
     """Whether the part loops over anything besides its rows."""
     return bool(part.inner) or any(isinstance(t, Fold | Contract) for t in part_terms(part))
-
-
-def row_programs(part: RowPart, schedule: Schedule) -> Expr:
-    """Number of programs: blocks of rows, rounded up by the caller's division."""
-    return width(part.grid), sympy.Integer(schedule.block_rows)
 
 
 def print_rows(printer: FoldPrinter, part: RowPart, schedule: Schedule) -> None:

@@ -109,9 +109,10 @@ def _summed(term: Term) -> Axis:
     return axis
 
 
-
 def padded_features(axis: Axis) -> int:
     """The tile extent of an attention's feature axis; 16 is the least that tensor cores take."""
     if not axis.extent.is_Integer:
-        raise ValueError(f"attention over axis {axis.name}: the number of features must be known, got {axis.extent}")
+        raise ValueError(
+            f"attention over axis {axis.name}: the number of features must be known, got {axis.extent}"
+        )
     return max(power_of_two(int(axis.extent)), 16)

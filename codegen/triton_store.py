@@ -8,9 +8,9 @@ import torch
 
 from torchweld.codegen.ir import Store
 from torchweld.codegen.triton_folds import FoldPrinter
-from torchweld.codegen.triton_frame import Dim, Frame, Group
-from torchweld.codegen.triton_terms import all_of
+from torchweld.codegen.triton_frame import Dim, Group
 from torchweld.codegen.triton_schedule import is_whole_blocks, width
+from torchweld.codegen.triton_terms import all_of
 from torchweld.codegen.triton_text import DTYPE_NAMES, Value, carrier_name
 from torchweld.graph.terms import Axis
 
@@ -71,8 +71,3 @@ def _as_stored(value: Value, source: torch.dtype, target: torch.dtype) -> str:
     if carrier_name(source) == DTYPE_NAMES[target]:
         return value.text
     return f"{value.operand}.to({DTYPE_NAMES[target]})"
-
-
-def base_frame(rank: int) -> Frame:
-    """A frame without loop variables."""
-    return Frame(rank)

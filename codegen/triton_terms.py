@@ -299,7 +299,9 @@ class TermPrinter(IndexPrinter):
     def cast(self, value: Value, source: torch.dtype, target: torch.dtype) -> Value:
         """A value as another dtype, in that dtype's carrier."""
         if target == torch.bool:
-            return value if source == torch.bool else Value(f"{value.operand} != 0", value.dims, is_atom=False)
+            return (
+                value if source == torch.bool else Value(f"{value.operand} != 0", value.dims, is_atom=False)
+            )
         if value.is_literal:
             value = self.writer.let("constant", Value(f"tl.full([], {value.text}, {carrier_name(source)})"))
         if is_half(target):
@@ -373,4 +375,3 @@ def all_of(conditions: Sequence[str]) -> str:
     if len(conditions) == 1:
         return conditions[0]
     return " & ".join(c if c.isidentifier() else f"({c})" for c in conditions)
-

@@ -212,7 +212,18 @@ FLOAT_SPELLINGS: Final[Mapping[str, Spelling]] = {
 }
 """Spellings that differ for floats."""
 
-EXACT_IN_HALF: Final = COMPARISONS | {"neg", "abs", "relu", "max", "min", "where", "floor", "ceil", "round", "trunc"}
+EXACT_IN_HALF: Final = COMPARISONS | {
+    "neg",
+    "abs",
+    "relu",
+    "max",
+    "min",
+    "where",
+    "floor",
+    "ceil",
+    "round",
+    "trunc",
+}
 """Operations whose result is representable in a 16-bit dtype if their operands are."""
 
 

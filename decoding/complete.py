@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -82,8 +83,11 @@ def complete_text(
     tokens: int,
     *,
     on_text: Callable[[str], None] | None = None,
+    seconds: float = math.inf,
 ) -> Completion:
     """Greedy completion of `prompt` by at most `tokens` tokens; `on_text` gets each new piece of text.
+
+    seconds: stop after the first token that comes later than this.
 
     Raises ModelFileError for a prompt without tokens.
     """
@@ -100,6 +104,8 @@ def complete_text(
         if on_text is not None and not longer.endswith("\ufffd"):
             on_text(longer[len(text) :])
             text = longer
+        if time.perf_counter() - start > seconds:
+            break
     return Completion(tuple(new), tokenizer.decode(new), time.perf_counter() - start)
 
 

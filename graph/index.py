@@ -128,14 +128,18 @@ class Ranges:
         return high is not None and is_nonnegative(b - high - 1)
 
     def floordiv(self, a: Expr, b: Expr) -> Expr:
-        """`a // b` simplified; a >= 0, b >= 1."""
+        """`a // b` simplified; a >= 0, b >= 1.  The size b = 0 has no index: nothing ever asks for the result."""
+        if b == 0:
+            return a
         whole, rest = self._split(a, b)
         if rest == 0 or self.is_less(rest, b):
             return whole
         return sympy.expand(whole) + FloorDiv(rest, b)
 
     def mod(self, a: Expr, b: Expr) -> Expr:
-        """`a % b` simplified; a >= 0, b >= 1."""
+        """`a % b` simplified; a >= 0, b >= 1.  The size b = 0 has no index: nothing ever asks for the result."""
+        if b == 0:
+            return a
         _, rest = self._split(a, b)
         if rest == 0 or self.is_less(rest, b):
             return rest

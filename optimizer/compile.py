@@ -50,7 +50,7 @@ class Options:
     threads: of the CPU executable; None means torch's.  guide: "model" decides fusions by the cost model, "measure" by
     timing the candidates.  skip: pass names to leave out (the environment's are added).  fuel: at most this many
     rewrites.  strict: raise BuildError instead of running eagerly where the graph cannot be compiled.
-    target: ceilings to use instead of this machine's measured ones.
+    target: ceilings to use instead of this machine's measured ones.  warm: use plans of earlier runs from the cache.
     """
 
     threads: int | None = None
@@ -61,6 +61,7 @@ class Options:
     target: Target | None = None
     cache: Cache | None = None
     after_pass: AfterPass | None = None
+    warm: bool = True
 
     def __post_init__(self) -> None:
         if self.guide not in ("model", "measure"):
@@ -69,16 +70,26 @@ class Options:
 
 @dataclass
 class Compiled:
-    """A compiled program.  `executable` is None where it runs eagerly; `eager_reason` then says why."""
+    """A compiled program.  `executable` is None where it runs eagerly; `eager_reason` then says why.
+
+    After a warm start (optimizer/warm.py) there is no group graph, and `program` is a signature without its graph.
+    """
 
     program: Program
-    fused: GroupGraph
+    groups: GroupGraph | None
     built: BuiltPlan | None
     executable: Executable | None
     report: Report
     hints: Mapping[str, int]
     eager_reason: str | None = None
     ledger: Ledger = field(default_factory=Ledger)
+
+    @property
+    def fused(self) -> GroupGraph:
+        """The group graph; RuntimeError after a warm start."""
+        if self.groups is None:
+            raise RuntimeError(f"{self.program.name} came from the cache, without its groups: use Options(warm=False)")
+        return self.groups
 
     def __call__(self, *flat_inputs: object) -> tuple[object, ...]:
         """Run on flat inputs (one per placeholder) and give the flat results; no autograd."""

@@ -153,6 +153,7 @@ def _clamp(graph_module: fx.GraphModule, node: fx.Node) -> Spelling | None:
 
 RULES: Final[dict[Target, Rule]] = {
     aten.mul.Tensor: _product,
+    aten.div.Tensor: _gelu,
     aten.clamp_min.default: _clamp,
     aten.clamp.default: _clamp,
 }

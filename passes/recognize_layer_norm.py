@@ -21,6 +21,7 @@ from torchweld.graph.match import (
     argument,
     aten,
     constant_number,
+    dtype_of,
     is_call,
     is_last_axis,
     operands,
@@ -89,7 +90,8 @@ def _affine(place: int) -> Rule:
             ]
             if vector.op != "get_attr" or any(entry is not None for entry in later):
                 continue
-            if not is_feature_weight(vector, node) or not same_shape(normalized, node):
+            keeps = same_shape(normalized, node) and dtype_of(normalized) == dtype_of(node)
+            if not is_feature_weight(vector, node) or not keeps:
                 return Refusal("the vector is not one number per feature in the dtype of the norm", node)
             args = [normalized.args[0], normalized.args[1], *(argument(normalized, at, "") for at in (2, 3))]
             args[place] = vector

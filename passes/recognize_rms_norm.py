@@ -134,10 +134,11 @@ def _weigh(graph_module: fx.GraphModule, node: fx.Node) -> Spelling | Refusal | 
             or argument(normalized, 2, "weight") is not None
         ):
             continue
-        if not is_feature_weight(weight, node) or not same_shape(normalized, node):
+        keeps = same_shape(normalized, node) and dtype_of(normalized) == dtype_of(node)
+        if not is_feature_weight(weight, node) or not keeps:
             return Refusal("the weight is not one number per feature in the dtype of the norm", node)
-        x, features, _, eps = normalized.args
-        return Spelling(aten.rms_norm.default, (x, features, weight, eps))
+        x, features = normalized.args[:2]
+        return Spelling(aten.rms_norm.default, (x, features, weight, argument(normalized, 3, "eps")))
     return None
 
 

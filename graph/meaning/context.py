@@ -25,6 +25,12 @@ Kind = Literal["source", "view", "pointwise", "reduce", "contract", "attention"]
 """source: made of indices only; view: only moves the index; pointwise: one element from few (gathers and
 concatenations too); reduce: rows folded; contract, attention: anchors, at most one kind of them in a kernel part."""
 
+DTYPES = frozenset({
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.int8, torch.int16,
+    torch.int32, torch.int64,
+})  # fmt: skip
+"""What values can be; others (complex, float8, quantized) run eagerly."""
+
 RuleFunction = Callable[["Meaning", fx.Node, Index], Term]
 
 
@@ -150,6 +156,9 @@ class Meaning:
         return self._memo[key]
 
     def _compute(self, node: fx.Node, index: Index) -> Term:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dtype not in DTYPES:
+            raise Unsupported(f"{node.name}: values of {value.dtype}")
         if node not in self.inside:
             dtype = tensor_of(node).dtype
             return cast(Load(dtype, self.buffer_of(node), index), compute_dtype(dtype))

@@ -48,6 +48,8 @@ def elementwise(
     """A rule for an operation on `arity` broadcasting operands, followed by `numbers` plain arguments for `build`."""
 
     def value(meaning: Meaning, node: fx.Node, index: Index) -> Term:
+        if len(node.args) > arity + numbers:
+            raise Unsupported(f"{node.name}: {node.target} with arguments {node.args[arity + numbers :]}")
         operands = list(node.args[:arity])
         dtype = _computation_dtype(operands, kind)
         out_shape = shape_of(node)
@@ -186,6 +188,12 @@ def _add_quotient(x: Term, a: Term, b: Term, *, value: float = 1) -> Term:
 
 def _lerp(a: Term, b: Term, weight: Term) -> Term:
     return op("add", a, op("mul", weight, op("sub", b, a)))
+
+
+def _logit(x: Term, eps: float | None = None) -> Term:
+    if eps is not None:
+        x = _clamp(x, _number(x, eps), _number(x, 1 - eps))
+    return op("log", op("div", x, op("sub", _number(x, 1), x)))
 
 
 def _nan_to_num(
@@ -336,7 +344,7 @@ def _table() -> dict[object, Rule]:
         aten.hardsigmoid.default: elementwise(_hardsigmoid, 1),
         aten.hardswish.default: elementwise(lambda x: op("mul", x, _hardsigmoid(x)), 1),
         aten.log_sigmoid.default: elementwise(lambda x: op("neg", _softplus(op("neg", x))), 1),
-        aten.logit.default: elementwise(lambda x: op("log", op("div", x, op("sub", _number(x, 1), x))), 1),
+        aten.logit.default: elementwise(_logit, 1, INT_TO_FLOAT, numbers=1),
         aten.nan_to_num.default: elementwise(_nan_to_num, 1, numbers=3),
         aten.addcmul.default: elementwise(_add_product, 3),
         aten.addcdiv.default: elementwise(_add_quotient, 3),

@@ -32,8 +32,10 @@ def _operand(node: fx.Node) -> fx.Node:
 
 
 def _dims(node: fx.Node, rank: int, position: int = 1) -> tuple[int, ...]:
-    """The reduced dimensions; none given means all."""
+    """The reduced dimensions; none given means all. A single number has none, whatever is given."""
     dims = argument(node, position, "dim")
+    if not rank:
+        return ()
     if isinstance(dims, int):
         return (normalize_dim(dims, rank),)
     if isinstance(dims, Sequence) and dims:
@@ -76,7 +78,14 @@ def _fold(
 ) -> Term:
     inner, axes = _fold_index(meaning, shape_of(source), dims, index, keepdim)
     body = cast(meaning.value(source, inner), dtype)
-    return body if not axes else Fold(dtype, Monoid(kind), axes, body)  # type: ignore[arg-type]
+    return _folded(dtype, kind, axes, body)
+
+
+def _folded(dtype: torch.dtype, kind: str, axes: tuple[Axis, ...], body: Term) -> Term:
+    """A Fold; without axes, what it gives for a single number."""
+    if axes:
+        return Fold(dtype, Monoid(kind), axes, body)  # type: ignore[arg-type]
+    return const(0, dtype) if kind in ("argmax", "argmin") else body
 
 
 def _keepdim(node: fx.Node, position: int = 2) -> bool:
@@ -122,7 +131,7 @@ def _square_sum_around(
     mean = op("div", _fold(meaning, source, dims, index, keepdim, "sum", dtype), _count(shape, dims, dtype))
     inner, axes = _fold_index(meaning, shape, dims, index, keepdim)
     centred = op("sub", cast(meaning.value(source, inner), dtype), mean)
-    return Fold(dtype, Monoid("sum"), axes, op("mul", centred, centred))
+    return _folded(dtype, "sum", axes, op("mul", centred, centred))
 
 
 def _variance(meaning: Meaning, node: fx.Node, index: Index) -> Term:
@@ -145,11 +154,9 @@ def _arg(kind: str) -> Rule:
     def value(meaning: Meaning, node: fx.Node, index: Index) -> Term:
         source = _operand(node)
         shape = shape_of(source)
-        dim = argument(node, 1, "dim")
-        dims = tuple(range(len(shape))) if dim is None else (normalize_dim(dim, len(shape)),)
-        keepdim = dim is not None and _keepdim(node)
-        inner, axes = _fold_index(meaning, shape, dims, index if dim is not None else (), keepdim)
-        return Fold(torch.int64, Monoid(kind), axes, meaning.value(source, inner))  # type: ignore[arg-type]
+        dims, keepdim = _dims(node, len(shape)), _keepdim(node)
+        inner, axes = _fold_index(meaning, shape, dims, index, keepdim)
+        return _folded(torch.int64, kind, axes, meaning.value(source, inner))
 
     return Rule("reduce", value)
 
@@ -163,8 +170,8 @@ def _extreme_and_place(kind: str) -> Rule:
         inner, axes = _fold_index(meaning, shape_of(source), dims, index[:-1], keepdim)
         body = meaning.value(source, inner)
         if index[-1] == ZERO:
-            return Fold(body.dtype, Monoid(kind), axes, body)  # type: ignore[arg-type]
-        return Fold(torch.int64, Monoid(f"arg{kind}"), axes, body)  # type: ignore[arg-type]
+            return _folded(body.dtype, kind, axes, body)
+        return _folded(torch.int64, f"arg{kind}", axes, body)
 
     return Rule("reduce", value)
 
@@ -204,7 +211,7 @@ def _logsumexp(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     finite = op("where", op("isinf", top), const(0, dtype), top)
     inner, axes = _fold_index(meaning, shape, dims, index, keepdim)
     body = op("exp", op("sub", cast(meaning.value(source, inner), dtype), finite))
-    return op("add", op("log", Fold(dtype, Monoid("sum"), axes, body)), finite)
+    return op("add", op("log", _folded(dtype, "sum", axes, body)), finite)
 
 
 def _normalized_dims(node: fx.Node) -> tuple[int, ...]:
@@ -266,7 +273,7 @@ def _vector_norm(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     dims = _dims(node, len(shape), 2)
     inner, axes = _fold_index(meaning, shape, dims, index, _keepdim(node, 3))
     x = cast(meaning.value(source, inner), dtype)
-    return op("sqrt", Fold(dtype, Monoid("sum"), axes, op("mul", x, x)))
+    return op("sqrt", _folded(dtype, "sum", axes, op("mul", x, x)))
 
 
 def _any_or_all(kind: str) -> Rule:
@@ -278,7 +285,7 @@ def _any_or_all(kind: str) -> Rule:
         inner, axes = _fold_index(meaning, shape_of(source), dims, index, not whole and _keepdim(node))
         body = meaning.value(source, inner)
         truth = body if body.dtype == torch.bool else op("ne", body, const(0, body.dtype))
-        return truth if not axes else Fold(torch.bool, Monoid(kind), axes, truth)  # type: ignore[arg-type]
+        return _folded(torch.bool, kind, axes, truth)
 
     return Rule("reduce", value)
 

@@ -268,6 +268,8 @@ def _embedding(meaning: Meaning, node: fx.Node, index: Index) -> Term:
 def _index_select(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     source, ids = _source(node), node.args[2]
     shape = shape_of(source)
+    if not shape:
+        raise Unsupported(f"{node.name}: selects from a single number")
     dim = normalize_dim(node.args[1], len(shape))
     position = meaning.indirect(meaning.value(ids, (index[dim],)), shape[dim])
     return meaning.value(source, (*index[:dim], position, *index[dim + 1 :]))
@@ -276,6 +278,10 @@ def _index_select(meaning: Meaning, node: fx.Node, index: Index) -> Term:
 def _gather(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     source, ids = _source(node), node.args[2]
     shape = shape_of(source)
+    if not shape:
+        raise Unsupported(f"{node.name}: selects from a single number")
+    if len(shape) != len(index) and (len(shape), len(index)) != (1, 0):
+        raise Unsupported(f"{node.name}: gathers by an empty index of another rank")
     dim = normalize_dim(node.args[1], len(shape))
     position = meaning.indirect(meaning.value(ids, index), shape[dim])
     return meaning.value(source, (*index[:dim], position, *index[dim + 1 :]))

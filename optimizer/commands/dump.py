@@ -115,13 +115,13 @@ def resource_table(builds: tuple[GpuBuild, ...]) -> Table:
         Column("target", "left"),
         *(Column(heading) for heading in ("registers", "spilled", "shared", "threads", "occupancy")),
     )
-    rows = []
-    for build in builds:
-        used = build.resources
-        cells = ("", "", "", "", "not built")
-        if used is not None:
-            figures = (used.registers, used.spilled_bytes, used.shared_bytes, used.threads)
-        rows.append((build.kernel, build.target, *cells))
-    return Table(
-        "Kernels (registers and spilled bytes per thread, shared bytes per block)", columns, tuple(rows)
-    )
+    title = "Kernels (registers and spilled bytes per thread, shared bytes per block)"
+    return Table(title, columns, tuple(_resource_row(build) for build in builds))
+
+
+def _resource_row(build: GpuBuild) -> tuple[str, ...]:
+    used = build.resources
+    if used is None:
+        return build.kernel, build.target, "", "", "", "", "not built"
+    figures = (used.registers, used.spilled_bytes, used.shared_bytes, used.threads)
+    return build.kernel, build.target, *(str(figure) for figure in figures), f"{build.occupancy:.0%}"

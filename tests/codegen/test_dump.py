@@ -36,14 +36,16 @@ def reference(x, z, B, S):
 def reference(ids, table, x, B):
     return torch.cat([table[ids], -x], -1),
 """,
-    "norm_gated_linear_q8_0": decode_source("Q8_0") + """
+    "norm_gated_linear_q8_0": decode_source("Q8_0")
+    + """
 
 def reference(x, w, gate, up, r, B, S):
     n = torch.nn.functional.rms_norm(x, w.shape, w, 1e-6)
     gate, up = (decode_q8_0(t, "Q8_0", 64) for t in (gate, up))
     return torch.nn.functional.silu(n @ gate.T) * (n @ up.T) + r,
 """,
-    "attention_causal": "\n\n".join([plain_source(positional_visibility), plain_source(attention_reference)]) + """
+    "attention_causal": "\n\n".join([plain_source(positional_visibility), plain_source(attention_reference)])
+    + """
 
 def reference(q, k, v, B, S):
     q, k, v = (t.unflatten(-1, (-1, 16)).transpose(1, 2) for t in (q, k, v))
@@ -176,14 +178,16 @@ def test_reference_source_computes_what_the_graph_does() -> None:
     class Model(torch.nn.Module):
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
             left, right = (x @ y).split(3, dim=-1)
-            return torch.ops.torchweld.rope(left[..., :2], right[..., :2], right[..., :2], False), right.softmax(-1)
+            return torch.ops.torchweld.rope(
+                left[..., :2], right[..., :2], right[..., :2], False
+            ), right.softmax(-1)
 
     x, y = torch.randn(2, 5, 4), torch.randn(4, 6)
     exported = torch.export.export(Model(), (x, y), dynamic_shapes=({1: torch.export.Dim("s", min=2)}, None))
     gm = exported.graph_module
     size = next(str(s) for n in gm.graph.nodes if n.op == "placeholder" for s in n.meta["val"].shape[1:2])
     text = reference_source(gm)
-    assert "torchweld" not in text and f", {size}):" in text
+    assert "ops.torchweld" not in text and f", {size}):" in text
     got, want = run_reference(gm, (x, y, 5)), Model()(x, y)
     assert isinstance(got, tuple)
     for ours, theirs in zip(got, want, strict=True):

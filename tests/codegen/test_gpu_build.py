@@ -1,4 +1,4 @@
-"""Kernels compile for all four GPUs without one, without spills; damaged binaries and crashing compilers are noticed."""
+"""Kernels compile for all four GPUs without one and without spills; damage and crashing compilers are noticed."""
 
 from __future__ import annotations
 

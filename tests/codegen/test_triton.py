@@ -39,7 +39,9 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     command = [sys.executable, "-W", "ignore", "-m", "tests.codegen.triton_cases", str(folder), *NAMES]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    return dict.fromkeys(NAMES, f"no answer: {done.stderr[-500:]}") | {a["case"]: a["problem"] for a in answers}
+    return dict.fromkeys(NAMES, f"no answer: {done.stderr[-500:]}") | {
+        a["case"]: a["problem"] for a in answers
+    }
 
 
 @pytest.mark.timeout(300)

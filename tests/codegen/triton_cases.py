@@ -95,7 +95,8 @@ def float_operations(positive: bool) -> Case:
         "neg", "abs", "exp", "exp2", "expm1", "reciprocal", "tanh", "sigmoid", "erf", "floor", "ceil", "round",
         "trunc", "isnan", "isinf", "sign", "relu"]  # fmt: skip
     binary = ["pow", "div"] if positive else [
-        "add", "sub", "mul", "div", "floordiv", "mod", "max", "min", "eq", "ne", "lt", "le", "gt", "ge", "atan2"]  # fmt: skip
+        "add", "sub", "mul", "div", "floordiv", "mod", "max", "min", "eq", "ne", "lt", "le", "gt", "ge",
+        "atan2"]  # fmt: skip
     outputs = {f"{name}_out": op(name, x) for name in unary}
     outputs |= {f"{name}_out": op(name, x, y) for name in binary}
     values = FLOATS[(FLOATS > 0) & FLOATS.isfinite()] if positive else FLOATS
@@ -115,7 +116,9 @@ def integer_operations() -> Case:
     """Floor semantics, shifts and bit operations on signed and unsigned integers, and casts between all kinds."""
     a, b, u = at("a", torch.int32), at("b", torch.int32), at("u", torch.uint8)
     flag = op("lt", a, b)
-    outputs: dict[str, Term] = {f"{n}_out": op(n, a, b) for n in ("add", "sub", "mul", "floordiv", "mod", "max", "min")}
+    outputs: dict[str, Term] = {
+        f"{n}_out": op(n, a, b) for n in ("add", "sub", "mul", "floordiv", "mod", "max", "min")
+    }
     outputs |= {f"{n}_out": op(n, a, b) for n in ("and", "or", "xor")}
     outputs["not_out"] = op("not", flag)
     outputs["both"] = op("and", flag, op("gt", a, Const(torch.int32, 3)))
@@ -128,7 +131,9 @@ def integer_operations() -> Case:
     outputs["position"] = op("mul", IndexValue(I64, axis("i", S).symbol), Const(I64, 1 << 40))
     word = op("or", cast(u, torch.uint16), op("shl", cast(u, torch.uint16), Const(torch.uint16, 8)))
     outputs["half"] = cast(op("bitcast", word, dtype=torch.float16), F32)
-    pairs = torch.tensor([[7, 2], [-7, 2], [7, -2], [-7, -2], [6, 3], [-6, 3], [0, 5], [-1, 100]], dtype=torch.int32)
+    pairs = torch.tensor(
+        [[7, 2], [-7, 2], [7, -2], [-7, -2], [6, 3], [-6, 3], [0, 5], [-1, 100]], dtype=torch.int32
+    )
     fixed = (("a", pairs[:, 0].contiguous()), ("b", pairs[:, 1].contiguous()))
     kernel = pointwise(outputs, {"a": torch.int32, "b": torch.int32, "u": torch.uint8})
     return Case(kernel, ({"S": len(pairs)},), fixed)
@@ -166,7 +171,9 @@ def serial_and_flattened_folds() -> Case:
     place = Fold(I64, Monoid("argmax"), (s,), Load(F32, "x", (b.symbol, s.symbol, d.symbol)))
     top = Fold(F32, Monoid("max"), (s2, d2), Load(F32, "x", (b.symbol, s2.symbol, d2.symbol)))
     stores = (Store("y", (b.symbol, d.symbol), total), Store("i", (b.symbol, d.symbol), place))
-    part = RowPart((b,), (d,), (Bind("top", top),), (*stores, Store("z", (b.symbol, d.symbol), Ref(F32, "top"))))
+    part = RowPart(
+        (b,), (d,), (Bind("top", top),), (*stores, Store("z", (b.symbol, d.symbol), Ref(F32, "top")))
+    )
     shape = (B, sympy.Integer(19))
     buffers = (Buffer("x", F32, (B, S, sympy.Integer(19)), "input"), Buffer("y", F32, shape, "output"),
                Buffer("i", I64, shape, "output"), Buffer("z", F32, shape, "output"))  # fmt: skip
@@ -205,7 +212,9 @@ def masked_prologue() -> Case:
     m, n, k = axis("m", S), axis("n", 20), axis("k", 13)
     a = op("add", Load(F32, "x", (m.symbol, k.symbol)), Const(F32, 3.0))
     acc = Contract(F32, k, a, op("exp", Load(F32, "w", (k.symbol,))))
-    part = MatmulPart((), (m,), n, (), (Bind("acc", acc),), (Store("y", (m.symbol, n.symbol), Ref(F32, "acc")),))
+    part = MatmulPart(
+        (), (m,), n, (), (Bind("acc", acc),), (Store("y", (m.symbol, n.symbol), Ref(F32, "acc")),)
+    )
     buffers = (Buffer("x", F32, (S, k.extent), "input"), Buffer("w", F32, (k.extent,), "weight"),
                Buffer("y", F32, (S, n.extent), "output"))  # fmt: skip
     return Case(Kernel("masked_prologue", buffers, ("S",), (part,)), ({"S": 5},))
@@ -214,7 +223,9 @@ def masked_prologue() -> Case:
 def additive_mask(blind: bool) -> Case:
     """Attention with an additive mask, keys of their own length, and optionally a query that sees nothing."""
     b, t, s, d, f = axis("b", B), axis("t", 6), axis("s", S), axis("d", 24), axis("f", 40)
-    q, k, v = (Load(F32, n, (b.symbol, x.symbol, y.symbol)) for n, x, y in (("q", t, d), ("k", s, d), ("v", s, f)))
+    q, k, v = (
+        Load(F32, n, (b.symbol, x.symbol, y.symbol)) for n, x, y in (("q", t, d), ("k", s, d), ("v", s, f))
+    )
     mask = Load(F32, "bias", (t.symbol, s.symbol))
     attend = Attend(F32, s, d, q, k, v, mask, "causal", 0, 0.2, 0.0, t.symbol, t.extent)
     store = Store("o", (b.symbol, t.symbol, f.symbol), Ref(F32, "out"))
@@ -307,7 +318,9 @@ def run_case(name: str, folder: Path) -> str | None:
         if name == "bmm_linear" and sizes["B"] == 0:
             continue  # reads x[0], which does not exist
         tensors = make_tensors(case, sizes)
-        outputs = module.launch(*(tensors[b.name] for b in case.kernel.buffers if b.role != "output"), **sizes)
+        outputs = module.launch(
+            *(tensors[b.name] for b in case.kernel.buffers if b.role != "output"), **sizes
+        )
         if name == "bad_index":
             bad = torch.tensor([False, True, True])
             tensors["ids"] = tensors["ids"].masked_fill(bad, 0)
@@ -327,7 +340,11 @@ def difference(got: Tensor, want: Tensor, tolerance: float) -> str | None:
     if not want.dtype.is_floating_point:
         return None if torch.equal(got, want) else f"{got.tolist()}, expected {want.tolist()}"
     close = torch.isclose(got.double(), want.double(), rtol=tolerance, atol=0.0, equal_nan=True)
-    scale = want.double().nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True) if want.dim() > 1 and want.numel() else 1e-2
+    scale = (
+        want.double().nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True)
+        if want.dim() > 1 and want.numel()
+        else 1e-2
+    )
     close |= (got.double() - want.double()).abs() <= tolerance * scale
     if bool(close.all()):
         return None

@@ -55,6 +55,10 @@ def test_length_limit() -> None:
     assert complete_text(successor, word_tokenizer(), "zero", 2).tokens == (1, 2)
 
 
+def test_time_limit_still_gives_one_token() -> None:
+    assert complete_text(successor, word_tokenizer(), "zero", 4, seconds=0.0).tokens == (1,)
+
+
 def test_half_a_character_is_not_shown() -> None:
     pieces: list[str] = []
     model = {1: 0, 2: 1, 3: 2}  # length so far -> next token
