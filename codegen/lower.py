@@ -9,7 +9,7 @@ its own, in the same launch.  Structurally equal groups (the layers of a model) 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 from torch import Tensor, fx
@@ -35,6 +35,7 @@ from torchweld.graph.terms import (
     Expr,
     Fold,
     Load,
+    Sharing,
     Term,
     bound_axes,
     index_exprs,
@@ -122,6 +123,9 @@ def lower_group(group: Group, cores: int) -> LoweredGroup:
         for output in group.outputs
         for piece in pieces_of(output, inside)
     ]
+    share = Sharing()
+    for entry in stored:
+        entry.store = replace(entry.store, value=share(entry.store.value))
     parts = tuple(
         _build_part(batch, dependence, f"{names[batch[0].piece.output]}{i}", unit)
         for i, batch in enumerate(_share_parts(stored, dependence))

@@ -56,12 +56,16 @@ def name_tensors(tensors: Mapping[str, Tensor]) -> Callable[[Tensor], str]:
 
     It raises NotStorable for a tensor that is none of them.
     """
-    names = {_view(tensor): name for name, tensor in reversed(tensors.items())}
+    names: dict[tuple[object, ...], str] = {
+        _view(tensor): name for name, tensor in reversed(list(tensors.items()))
+    }
 
     def tensor_name(tensor: Tensor) -> str:
         name = names.get(_view(tensor))
         if name is None:
-            raise NotStorable(f"a constant {tensor.dtype} of shape {tuple(tensor.shape)} is no tensor of the model")
+            raise NotStorable(
+                f"a constant {tensor.dtype} of shape {tuple(tensor.shape)} is no tensor of the model"
+            )
         return name
 
     return tensor_name
@@ -110,7 +114,9 @@ def _check_part(kernel: str, part: Part, buffers: Mapping[str, Buffer]) -> None:
             raise DamagedRecord(f"kernel {kernel}: a store to {store.buffer} fits no output")
 
 
-def _check_terms(kernel: str, terms: list[Term], buffers: Mapping[str, Buffer], bound: frozenset[str]) -> None:
+def _check_terms(
+    kernel: str, terms: list[Term], buffers: Mapping[str, Buffer], bound: frozenset[str]
+) -> None:
     for term in terms:
         match term:
             case Op():
@@ -119,7 +125,11 @@ def _check_terms(kernel: str, terms: list[Term], buffers: Mapping[str, Buffer], 
                 fits = term.buffer in buffers and len(buffers[term.buffer].shape) == len(term.index)
             case Decode():
                 rank = len(term.row) + 1
-                fits = term.format in FORMATS and term.buffer in buffers and len(buffers[term.buffer].shape) == rank
+                fits = (
+                    term.format in FORMATS
+                    and term.buffer in buffers
+                    and len(buffers[term.buffer].shape) == rank
+                )
             case Ref():
                 fits = term.name in bound
             case _:

@@ -38,7 +38,9 @@ _FUNCTIONS: Final[Mapping[str, type[Any]]] = {
     "+": sympy.Add, "*": sympy.Mul, "**": sympy.Pow, "//": FloorDiv, "%": Mod,
 }  # fmt: skip
 _SYMBOLS: Final[Mapping[str, Callable[[str], sympy.Symbol]]] = {"axis": axis_symbol, "size": size_symbol}
-_DTYPES: Final = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+_DTYPES: Final = {
+    str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)
+}
 _SCALARS: Final = (bool, int, float, str)
 
 
@@ -64,7 +66,10 @@ def record_to_json(
 
 
 def record_from_json(
-    data: JsonValue, kind: type[R], shared: Iterable[type] = (), tensors: Mapping[str, torch.Tensor] | None = None
+    data: JsonValue,
+    kind: type[R],
+    shared: Iterable[type] = (),
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> R:
     """What `record_to_json` was given.  Raises DamagedRecord for anything that it does not write."""
     if not isinstance(data, dict) or set(data) != {"version", "exprs", "objects", "value"}:
@@ -161,7 +166,8 @@ class _Writer:
         return _write_scalar(value, union.members)
 
     def _record(self, value: Any) -> list[JsonValue]:
-        return [self.write(getattr(value, name), kind) for name, kind in _fields(type(value))]
+        cls: Any = type(value)  # mypy takes type[object] for unhashable
+        return [self.write(getattr(value, name), kind) for name, kind in _fields(cls)]
 
     def _object(self, value: Any) -> int:
         # A term's operands go first without recursion: chains of terms are deeper than Python's stack.
@@ -256,13 +262,18 @@ class _Reader:
             return self.read(data, union.members[0], where)
         if union.is_tagged:
             tag, fields = _entries(data, where, 2)
-            return self._record(fields, _known({cls.__name__: cls for cls in union.members}, tag, where), where)
+            return self._record(
+                fields, _known({cls.__name__: cls for cls in union.members}, tag, where), where
+            )
         return _read_scalar(data, union.members, where)
 
     def _record(self, data: JsonValue, cls: type, where: str) -> Any:
         fields = _fields(cls)
         entries = _entries(data, where, len(fields))
-        values = [self.read(e, kind, f"{cls.__name__}.{name}") for e, (name, kind) in zip(entries, fields, strict=True)]
+        values = [
+            self.read(e, kind, f"{cls.__name__}.{name}")
+            for e, (name, kind) in zip(entries, fields, strict=True)
+        ]
         try:
             return cls(*values)
         except ValueError as problem:
@@ -272,7 +283,9 @@ class _Reader:
         """Make the shared objects; each may only use those before it."""
         for number, entry in enumerate(table):
             name, *fields = _entries(entry, f"object {number}") or [None]
-            self.objects.append(self._record(fields, _known(self.shared, name, f"object {number}"), f"object {number}"))
+            self.objects.append(
+                self._record(fields, _known(self.shared, name, f"object {number}"), f"object {number}")
+            )
 
     def read_exprs(self, table: list[JsonValue]) -> None:
         """Make the expressions exactly as they were: nothing is evaluated or sorted again."""

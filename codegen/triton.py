@@ -282,6 +282,8 @@ def _needed(helpers: dict[str, None]) -> set[str]:
     needed = set(helpers)
     if "floor_modulo" in needed:
         needed.add("floor_divide")
+    if needed & {"sin", "cos"}:
+        needed.add("sine_in_quadrant")
     return needed
 
 

@@ -265,7 +265,7 @@ class TermPrinter(IndexPrinter):
             return self.bitcast(args[0], term.args[0].dtype, term.dtype)
         if term.name == "pow" and (fast := self.small_power(args[0], term.args[1])) is not None:
             return self.rounded(fast, term)
-        spelling = spell(term.name, term.args[0].dtype.is_floating_point)
+        spelling = spell(term.name, term.args[0].dtype)
         if spelling.helper is not None:
             self.writer.helpers[spelling.helper] = None
         if all(a.is_literal for a in args) and not isinstance(term.args[0], IndexValue):

@@ -166,8 +166,8 @@ SPELLINGS: Final[Mapping[str, Spelling]] = {
     "tanh": _helper("tanh"),
     "sigmoid": _call("tl.sigmoid"),
     "erf": _call("tl.erf"),
-    "sin": _call("tl.sin"),
-    "cos": _call("tl.cos"),
+    "sin": _helper("sin"),
+    "cos": _helper("cos"),
     "floor": _call("tl.floor"),
     "ceil": _call("tl.ceil"),
     "round": _helper("round_half_even"),
@@ -227,6 +227,17 @@ EXACT_IN_HALF: Final = COMPARISONS | {
 """Operations whose result is representable in a 16-bit dtype if their operands are."""
 
 
-def spell(name: str, is_float: bool) -> Spelling:
-    """The spelling of a pointwise operation on floats or integers."""
-    return FLOAT_SPELLINGS.get(name, SPELLINGS[name]) if is_float else SPELLINGS[name]
+DOUBLE_SPELLINGS: Final[Mapping[str, Spelling]] = {
+    **FLOAT_SPELLINGS,
+    "sin": _call("tl.sin"),
+    "cos": _call("tl.cos"),
+    "tanh": Spelling("1.0 - 2.0 / (tl.exp(2.0 * {p}) + 1.0)", is_atom=False),
+}
+"""Spellings that differ for float64."""
+
+
+def spell(name: str, dtype: torch.dtype) -> Spelling:
+    """The spelling of a pointwise operation whose first operand is of `dtype`."""
+    if dtype == torch.float64:
+        return DOUBLE_SPELLINGS.get(name, SPELLINGS[name])
+    return FLOAT_SPELLINGS.get(name, SPELLINGS[name]) if dtype.is_floating_point else SPELLINGS[name]

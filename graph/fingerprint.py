@@ -182,7 +182,17 @@ def _is_at_home(value: type | types.FunctionType | types.BuiltinFunctionType) ->
 
 def _text(value: object, where: str) -> str:
     """A plain value as text: equal texts mean equal values of equal types."""
-    if value is None or type(value) in (bool, int, float, str, bytes, complex, torch.dtype, torch.device, torch.Size):
+    if value is None or type(value) in (
+        bool,
+        int,
+        float,
+        str,
+        bytes,
+        complex,
+        torch.dtype,
+        torch.device,
+        torch.Size,
+    ):
         return f"{type(value).__name__} {value!r}"
     if type(value) in (tuple, list, set, frozenset):
         assert isinstance(value, (tuple, list, set, frozenset))
@@ -204,7 +214,11 @@ def _is_frozen(value: object) -> bool:
     """Whether it is an instance of a frozen dataclass of ours; a foreign one may have properties that compute."""
     cls = type(value)
     parameters = getattr(cls, "__dataclass_params__", None)
-    return bool(parameters and parameters.frozen) and cls.__module__.startswith("torchweld.") and _is_at_home(cls)
+    return (
+        bool(parameters and parameters.frozen)
+        and cls.__module__.startswith("torchweld.")
+        and _is_at_home(cls)
+    )
 
 
 def _is_function_of_torch(value: types.FunctionType | types.BuiltinFunctionType) -> bool:

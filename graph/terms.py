@@ -320,6 +320,50 @@ def transform(
     return visit(root)
 
 
+class Sharing:
+    """Makes structurally equal terms one node, so that equal work is done once; the bound axes have to be equal, too."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], Term] = {}
+        self._done: dict[int, tuple[Term, Term]] = {}
+
+    def __call__(self, root: Term) -> Term:
+        """`root` with every subterm replaced by the first one of its structure that was seen."""
+        for term in walk(root):
+            if id(term) not in self._done:
+                operands = [self._done[id(child)][1] for child in children(term)]
+                key = (type(term), term.dtype, *_own_fields(term), *map(id, operands))
+                if key not in self._known:
+                    same = all(new is old for new, old in zip(operands, children(term), strict=True))
+                    self._known[key] = term if same else rebuild(term, operands)
+                self._done[id(term)] = (term, self._known[key])
+        return self._done[id(root)][1]
+
+
+def _own_fields(term: Term) -> tuple[object, ...]:
+    """What a node is apart from its operands; literals by their text, since 0.0 and -0.0 are equal as numbers."""
+    match term:
+        case Const():
+            return (repr(term.value),)
+        case IndexValue():
+            return (term.expr,)
+        case Load():
+            return (term.buffer, term.index)
+        case Decode():
+            return (term.format, term.buffer, term.row, term.column)
+        case Op() | Ref():
+            return (term.name,)
+        case Fold():
+            return (term.monoid, term.axes)
+        case Contract():
+            return (term.k,)
+        case Attend():
+            positions = (term.mask_kind, term.window, term.t, term.t_extent)
+            return (term.s, term.d, term.mask is None, term.scale, term.soft_cap, *positions)
+        case _:
+            return ()
+
+
 def const(value: float | int | bool, dtype: torch.dtype) -> Const:
     """A literal of `dtype`."""
     if dtype == torch.bool:

@@ -31,7 +31,9 @@ class ValueReads(TorchFunctionMode):  # type: ignore[misc, unused-ignore]  # tor
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.names: set[str] = set()
-        self._places = [(t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in tensors.items() if t.nbytes]
+        self._places = [
+            (t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in tensors.items() if t.nbytes
+        ]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (),
@@ -53,4 +55,4 @@ class ValueReads(TorchFunctionMode):  # type: ignore[misc, unused-ignore]  # tor
 def digest_values(tensor: Tensor) -> str:
     """SHA-256 of a tensor's elements in row-major order."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy()).hexdigest()
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()

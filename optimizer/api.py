@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, cast, overload
 
 import torch.utils._pytree as pytree
@@ -24,6 +25,7 @@ from torchweld.optimizer.gate import keep_if_faster
 from torchweld.optimizer.profile import kernel_timer
 from torchweld.optimizer.report import Report
 from torchweld.optimizer.verify import add_error
+from torchweld.optimizer.warm import find_warm_start
 
 MAX_PROGRAMS = 8
 Structure = tuple[object, ...]
@@ -66,15 +68,22 @@ class Optimized:
             return self.programs[key]
 
     def _compile(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Compiled:
+        # A comparison with float64 needs the captured program, which a warm start does not have.
+        warm = None if self.verify else find_warm_start(self.model, args, kwargs, self.options, self.dynamic)
+        if warm is not None and (known := warm.restore()) is not None:
+            return known
         program = capture(self.model, args, kwargs, dynamic=self.dynamic)
         flat = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
         measure = kernel_timer(program, flat, self.options) if self.options.guide == "measure" else None
-        compiled = compile_program(
-            program, options=self.options, example_inputs=flat, name=_name(self.model), measure=measure
-        )
+        with warm.reads if warm is not None else nullcontext():
+            compiled = compile_program(
+                program, options=self.options, example_inputs=flat, name=_name(self.model), measure=measure
+            )
         keep_if_faster(compiled, program, program.flatten_inputs(args, kwargs))
         if self.verify:
             add_error(compiled, program, program.flatten_inputs(args, kwargs))
+        if warm is not None:
+            warm.store(compiled)
         return compiled
 
     @property

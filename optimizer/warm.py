@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
@@ -161,13 +162,16 @@ def find_warm_start(
     began = time.perf_counter()
     cache = options.cache or Cache()
     fuel = options.fuel if options.fuel is not None else environment.fuel
-    threads = options.threads if options.guide == "measure" else None
     target = options.target or measured_target(cache)
+    # Threads decide measured choices, and whether the compiled program was faster than torch.
+    threads = (options.threads, torch.get_num_threads())
     facts = (options.guide, threads, options.skip | environment.skip, fuel, target, dynamic)
     digest = fingerprint(model, args, kwargs, facts)
     if digest is None:
         return None
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
     key = make_key("warm start", digest)
     return WarmStart(key, model, args, kwargs, options, cache, tensors, ValueReads(tensors), began)
 
@@ -187,7 +191,9 @@ def _nesting(value: object) -> Structure:
         return [type(value).__name__, *map(_nesting, value)]
     if type(value) is dict and all(type(key) is str for key in value):
         return ["dict", *(part for key, inner in value.items() for part in (key, _nesting(inner)))]
-    raise NotStorable(f"the model returns a {type(value).__name__}; only tuples, lists and dicts by name are stored")
+    raise NotStorable(
+        f"the model returns a {type(value).__name__}; only tuples, lists and dicts by name are stored"
+    )
 
 
 def _nested(structure: object) -> object:

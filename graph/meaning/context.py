@@ -132,6 +132,7 @@ class Meaning:
         self.ranges = Ranges()
         self.indirects: list[IndirectIndex] = []
         self._memo: dict[tuple[fx.Node, Index], Term] = {}
+        self._shared_axes: dict[tuple[object, ...], Axis] = {}
         self._indirect_memo: dict[tuple[int, Expr], Expr] = {}
         self._counter = 0
 
@@ -145,6 +146,16 @@ class Meaning:
     def axes(self, shape: Sequence[Expr], hint: str = "i") -> tuple[Axis, ...]:
         """One new loop variable per dimension."""
         return tuple(self.axis(hint, extent) for extent in shape)
+
+    def shared_axis(self, hint: str, extent: Expr, owner: tuple[object, ...]) -> Axis:
+        """The loop variable of a sum that `owner` (what is summed, and at which index) stands for; one per owner.
+
+        Sums of the same thing then have the same variable, so that equal ones can be seen to be equal.
+        """
+        key = (hint, extent, *owner)
+        if key not in self._shared_axes:
+            self._shared_axes[key] = self.axis(hint, extent)
+        return self._shared_axes[key]
 
     def value(self, node: object, index: Index) -> Term:
         """The element of `node` at `index`; Unsupported where no rule gives it."""

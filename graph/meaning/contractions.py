@@ -35,7 +35,7 @@ def _contract(
     dtype = compute_dtype(tensor_of(node).dtype)
     if not dtype.is_floating_point:
         raise Unsupported(f"{node.name}: matmul of {dtype}")
-    k = meaning.axis("k", extent)
+    k = meaning.shared_axis("k", extent, (a, a_index))
 
     def fill(index: Index) -> Index:
         return tuple(k.symbol if entry is None else entry for entry in index)

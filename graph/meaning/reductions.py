@@ -44,10 +44,12 @@ def _dims(node: fx.Node, rank: int, position: int = 1) -> tuple[int, ...]:
 
 
 def _fold_index(
-    meaning: Meaning, shape: Index, dims: Sequence[int], index: Index, keepdim: bool
+    meaning: Meaning, source: fx.Node, dims: Sequence[int], index: Index, keepdim: bool
 ) -> tuple[Index, tuple[Axis, ...]]:
-    """The operand's index with new axes at `dims`; the output's `index` has them as size 1 or not at all."""
-    axes = {dim: meaning.axis("k", shape[dim]) for dim in dims}
+    """The operand's index with loop axes at `dims`; the output's `index` has them as size 1 or not at all."""
+    shape = shape_of(source)
+    kept = index if not keepdim else tuple(i for dim, i in enumerate(index) if dim not in dims)
+    axes = {dim: meaning.shared_axis("k", shape[dim], (source, dim, kept)) for dim in dims}
     rest = list(index)
     inner: list[Expr] = []
     for dim in range(len(shape)):
@@ -76,7 +78,7 @@ def _fold(
     kind: str,
     dtype: torch.dtype,
 ) -> Term:
-    inner, axes = _fold_index(meaning, shape_of(source), dims, index, keepdim)
+    inner, axes = _fold_index(meaning, source, dims, index, keepdim)
     body = cast(meaning.value(source, inner), dtype)
     return _folded(dtype, kind, axes, body)
 
@@ -129,7 +131,7 @@ def _square_sum_around(
     """sum((x - mean)^2): two passes over a row that stays in cache, exact where one pass would cancel."""
     shape = shape_of(source)
     mean = op("div", _fold(meaning, source, dims, index, keepdim, "sum", dtype), _count(shape, dims, dtype))
-    inner, axes = _fold_index(meaning, shape, dims, index, keepdim)
+    inner, axes = _fold_index(meaning, source, dims, index, keepdim)
     centred = op("sub", cast(meaning.value(source, inner), dtype), mean)
     return _folded(dtype, "sum", axes, op("mul", centred, centred))
 
@@ -155,7 +157,7 @@ def _arg(kind: str) -> Rule:
         source = _operand(node)
         shape = shape_of(source)
         dims, keepdim = _dims(node, len(shape)), _keepdim(node)
-        inner, axes = _fold_index(meaning, shape, dims, index, keepdim)
+        inner, axes = _fold_index(meaning, source, dims, index, keepdim)
         return _folded(torch.int64, kind, axes, meaning.value(source, inner))
 
     return Rule("reduce", value)
@@ -167,7 +169,7 @@ def _extreme_and_place(kind: str) -> Rule:
     def value(meaning: Meaning, node: fx.Node, index: Index) -> Term:
         source = _operand(node)
         dims, keepdim = _dims(node, len(shape_of(source))), _keepdim(node)
-        inner, axes = _fold_index(meaning, shape_of(source), dims, index[:-1], keepdim)
+        inner, axes = _fold_index(meaning, source, dims, index[:-1], keepdim)
         body = meaning.value(source, inner)
         if index[-1] == ZERO:
             return _folded(body.dtype, kind, axes, body)
@@ -183,7 +185,7 @@ def _softmax_parts(meaning: Meaning, node: fx.Node, index: Index) -> tuple[Term,
     dim = normalize_dim(node.args[1], len(shape))
     without = (*index[:dim], *index[dim + 1 :])
     top = _fold(meaning, source, (dim,), without, False, "max", dtype)
-    inner, axes = _fold_index(meaning, shape, (dim,), without, False)
+    inner, axes = _fold_index(meaning, source, (dim,), without, False)
     shifted = op("sub", cast(meaning.value(source, inner), dtype), top)
     total = Fold(dtype, Monoid("sum"), axes, op("exp", shifted))
     return op("sub", cast(meaning.value(source, index), dtype), top), total, top
@@ -209,7 +211,7 @@ def _logsumexp(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     dims, keepdim = _dims(node, len(shape)), _keepdim(node)
     top = _fold(meaning, source, dims, index, keepdim, "max", dtype)
     finite = op("where", op("isinf", top), const(0, dtype), top)
-    inner, axes = _fold_index(meaning, shape, dims, index, keepdim)
+    inner, axes = _fold_index(meaning, source, dims, index, keepdim)
     body = op("exp", op("sub", cast(meaning.value(source, inner), dtype), finite))
     return op("add", op("log", _folded(dtype, "sum", axes, body)), finite)
 
@@ -240,7 +242,7 @@ def _rms_norm(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     eps = argument(node, 3, "eps")
     epsilon = torch.finfo(tensor_of(source).dtype).eps if eps is None else eps
     outer = tuple(index[: len(index) - len(dims)])
-    inner, axes = _fold_index(meaning, shape, dims, outer, False)
+    inner, axes = _fold_index(meaning, source, dims, outer, False)
     x = cast(meaning.value(source, inner), dtype)
     mean = op("div", Fold(dtype, Monoid("sum"), axes, op("mul", x, x)), _count(shape, dims, dtype))
     scale = op("rsqrt", op("add", mean, const(epsilon, dtype)))  # type: ignore[arg-type]
@@ -256,7 +258,7 @@ def _layer_norm(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     outer = tuple(index[: len(index) - len(dims)])
     count = _count(shape, dims, dtype)
     mean = op("div", _fold(meaning, source, dims, outer, False, "sum", dtype), count)
-    inner, axes = _fold_index(meaning, shape, dims, outer, False)
+    inner, axes = _fold_index(meaning, source, dims, outer, False)
     centred = op("sub", cast(meaning.value(source, inner), dtype), mean)
     variance = op("div", Fold(dtype, Monoid("sum"), axes, op("mul", centred, centred)), count)
     scale = op("rsqrt", op("add", variance, const(argument(node, 4, "eps", 1e-5), dtype)))  # type: ignore[arg-type]
@@ -271,7 +273,7 @@ def _vector_norm(meaning: Meaning, node: fx.Node, index: Index) -> Term:
         raise Unsupported(f"{node.name}: vector norm of order {order}, only 2 has terms")
     shape, dtype = shape_of(source), compute_dtype(tensor_of(node).dtype)
     dims = _dims(node, len(shape), 2)
-    inner, axes = _fold_index(meaning, shape, dims, index, _keepdim(node, 3))
+    inner, axes = _fold_index(meaning, source, dims, index, _keepdim(node, 3))
     x = cast(meaning.value(source, inner), dtype)
     return op("sqrt", _folded(dtype, "sum", axes, op("mul", x, x)))
 
@@ -282,7 +284,7 @@ def _any_or_all(kind: str) -> Rule:
         rank = len(shape_of(source))
         whole = node.target in (aten.any.default, aten.all.default)
         dims = tuple(range(rank)) if whole else _dims(node, rank)
-        inner, axes = _fold_index(meaning, shape_of(source), dims, index, not whole and _keepdim(node))
+        inner, axes = _fold_index(meaning, source, dims, index, not whole and _keepdim(node))
         body = meaning.value(source, inner)
         truth = body if body.dtype == torch.bool else op("ne", body, const(0, body.dtype))
         return _folded(torch.bool, kind, axes, truth)

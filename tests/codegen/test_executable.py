@@ -224,7 +224,8 @@ def test_a_forked_child_can_go_on() -> None:
     executable = Executable(plan_of(kernel), threads=2)
     buffers = random_buffers(kernel, {"B": 2, "S": 200})
     (want,) = executable(*buffers.values())
-    wanted = want.numpy().tobytes()  # torch's own thread pool does not survive a fork: nothing of torch in the child
+    # torch's own thread pool does not survive a fork: no operation of torch in the child
+    wanted = want.numpy().tobytes()
     child = _in_child(lambda: executable(*buffers.values())[0].numpy().tobytes() == wanted)
     assert child == 0
     assert same_bits(executable(*buffers.values())[0], want)

@@ -76,10 +76,7 @@ def test_keeps_what_is_something_else(function: Callable[..., Any]) -> None:
 def test_refuses_the_polynomial_of_another_tensor() -> None:
     case = Case(lambda m, x, y: 0.5 * x * (1 + torch.erf(y / math.sqrt(2))), draw(3, 5), draw(3, 5, seed=1))
     outcome = case.run(*PREPARE)[-1]
-    assert (
-        reasons(outcome) == ["the argument of erf is no polynomial of the factor x"]
-        or "no polynomial" in (reasons(outcome)[0])
-    )
+    assert len(outcome.refused) == 1 and "is no polynomial of the factor" in reasons(outcome)[0]
 
 
 @pytest.mark.parametrize(

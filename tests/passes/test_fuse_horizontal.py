@@ -45,9 +45,13 @@ def test_joins_what_waits_for_a_common_producer() -> None:
 
 
 def test_equal_extents_share_a_loop() -> None:
-    case = FusionCase(lambda m, x, y: torch.cumsum(x.exp(), 0) @ torch.cumsum(y.neg(), 0), numbers(4, 4), numbers(4, 4))
+    case = FusionCase(
+        lambda m, x, y: torch.cumsum(x.exp(), 0) @ torch.cumsum(y.neg(), 0), numbers(4, 4), numbers(4, 4)
+    )
     assert case.fuse(fuse_horizontal).applied == 0, "no common reader, no common producer"
-    sub = FusionCase(lambda m, x, y: torch.cumsum(torch.bmm(x.exp(), y.neg()), 0), numbers(2, 4, 4), numbers(2, 4, 4))
+    sub = FusionCase(
+        lambda m, x, y: torch.cumsum(torch.bmm(x.exp(), y.neg()), 0), numbers(2, 4, 4), numbers(2, 4, 4)
+    )
     sub.fuse(fuse_horizontal)
     assert sub.ops() == ["exp neg", "bmm", "cumsum"]
     assert len(sub.kernel("exp").parts) == 1
@@ -64,7 +68,10 @@ def test_keeps_the_numbers_at_other_sizes() -> None:
 def test_finds_moves_around_a_new_group() -> None:
     """Three small groups that one reader waits for end in one launch."""
     case = FusionCase(
-        lambda m, x, y, z: torch.addcmul(x.exp(), y.neg(), z.sin()), numbers(4, 4), numbers(4, 4), numbers(4, 4)
+        lambda m, x, y, z: torch.addcmul(x.exp(), y.neg(), z.sin()),
+        numbers(4, 4),
+        numbers(4, 4),
+        numbers(4, 4),
     )
     case.fuse(fuse_horizontal)
     assert case.ops()[0] == "exp neg sin"
@@ -110,7 +117,10 @@ def test_refuses_a_group_that_is_large() -> None:
     """One of the two takes 10 launches: a shared launch does not matter."""
     slow = replace(EAGER_TO_FUSE, read_gb_s=8 * 64 * 64 / 200 / 1e3)
     case = FusionCase(
-        lambda m, x, y: torch.cumsum(x.exp() * y.neg()[:1, :1], 0), numbers(64, 64), numbers(4, 4), target=slow
+        lambda m, x, y: torch.cumsum(x.exp() * y.neg()[:1, :1], 0),
+        numbers(64, 64),
+        numbers(4, 4),
+        target=slow,
     )
     exp, neg = case.group_of("exp").id, case.group_of("neg").id
     assert case.groups.cost(exp) > 8 * 20.0 > case.groups.cost(neg)

@@ -28,14 +28,20 @@ def test_writes_the_pieces_of_a_concatenation_in_place() -> None:
     assert case.ops() == ["linear linear cat"]
     kernel = case.kernel("cat")
     assert [buffer.name for buffer in kernel.buffers if buffer.role == "output"] == ["cat_out"]
-    starts = [part.stores[0].index[-1] - part.n.symbol for part in kernel.parts if isinstance(part, MatmulPart)]
+    starts = [
+        part.stores[0].index[-1] - part.n.symbol for part in kernel.parts if isinstance(part, MatmulPart)
+    ]
     assert starts == [0, 6]
     case.assert_fused_numbers()
 
 
 def test_joins_a_sum_of_matmuls() -> None:
     case = FusionCase(
-        lambda m, x, y: F.linear(x, m.w) + F.linear(y, m.v), numbers(5, 8), numbers(5, 4), w=numbers(6, 8), v=numbers(6, 4)
+        lambda m, x, y: F.linear(x, m.w) + F.linear(y, m.v),
+        numbers(5, 8),
+        numbers(5, 4),
+        w=numbers(6, 8),
+        v=numbers(6, 4),
     )
     case.fuse(fuse_vertical)
     assert len(case.ops()) == 2, "vertical fusion joins the sum with one of them"
@@ -106,7 +112,9 @@ def test_refuses_work_in_front_of_one_matmul() -> None:
 
 
 def test_refuses_a_pair_without_a_kernel() -> None:
-    case = FusionCase(lambda m, x: F.linear(F.linear(x, m.w), m.v), numbers(5, 8), w=numbers(8, 8), v=numbers(8, 8))
+    case = FusionCase(
+        lambda m, x: F.linear(F.linear(x, m.w), m.v), numbers(5, 8), w=numbers(8, 8), v=numbers(8, 8)
+    )
     outcome = case.fuse(fuse_output)
     assert reasons(outcome) == {"a matmul whose operand is a matmul": 1}
     assert case.ops() == ["linear", "linear"]
@@ -114,7 +122,9 @@ def test_refuses_a_pair_without_a_kernel() -> None:
 
 def test_refuses_what_does_not_pay() -> None:
     """The piece stands twice in the result: its tanh would be computed twice."""
-    case = FusionCase(lambda m, x: torch.cat([t := x.tanh(), t], -1), numbers(64, 64), target=NO_RECOMPUTATION)
+    case = FusionCase(
+        lambda m, x: torch.cat([t := x.tanh(), t], -1), numbers(64, 64), target=NO_RECOMPUTATION
+    )
     outcome = case.fuse(fuse_output)
     assert reasons(outcome) == {"does not pay by the cost model": 1}
     assert case.ops() == ["tanh", "cat"]
