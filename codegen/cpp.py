@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -64,11 +64,16 @@ class PrintedUnit:
         return tuple(dict.fromkeys(function.name for function in self.functions))
 
 
-def print_kernel(kernel: Kernel, name: str | None = None) -> PrintedKernel:
-    """`kernel` as one C++ function called `name` (default: the kernel's). Raises PrintError for what has no C++."""
+def print_kernel(kernel: Kernel, taken: Collection[str] = ()) -> PrintedKernel:
+    """`kernel` as one C++ function called as the kernel, with a number behind it where that name is `taken`.
+
+    Raises PrintError for what has no C++.
+    """
     kernel = merge_equal_terms(kernel)
     names = KernelNames.of(kernel)
-    name = names.namer.fresh(name or kernel.name)
+    name = names.namer.fresh(kernel.name)
+    while name in taken:
+        name = names.namer.fresh(kernel.name)
     body = buffer_lines(kernel, names)
     scratch: list[Expr] = []
     for part in kernel.parts:
@@ -87,13 +92,12 @@ def print_kernel(kernel: Kernel, name: str | None = None) -> PrintedKernel:
 def print_unit(kernels: Sequence[Kernel]) -> PrintedUnit:
     """All kernels in one translation unit; those that differ in the names of their arguments only share a function."""
     printed: dict[str, PrintedKernel] = {}
-    taken: set[str] = set()
     functions: list[PrintedKernel] = []
     exprs: dict[Expr, str] = {}
     for kernel in kernels:
         key = fingerprint(kernel, exprs)
         if key not in printed:
-            printed[key] = print_kernel(kernel, _unique(kernel.name, taken))
+            printed[key] = print_kernel(kernel, {function.name for function in functions})
         functions.append(printed[key])
     body = [function.text for function in printed.values()]
     return PrintedUnit("\n".join([prelude(), *body]), tuple(functions))
@@ -117,12 +121,3 @@ def _print_part(kernel: Kernel, names: KernelNames, part: Part) -> tuple[list[st
 
 def _stores(part: Part) -> str:
     return ", ".join(f"{s.buffer}[{', '.join(map(str, s.index))}]" for s in part.stores)
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    number, candidate = 1, name
-    while candidate in taken:
-        number += 1
-        candidate = f"{name}_{number}"
-    taken.add(candidate)
-    return candidate

@@ -155,15 +155,16 @@ def _make_input(buffer: Buffer, kernel: Kernel) -> str:
 
 def _integer_limit(buffer: Buffer, kernel: Kernel) -> str:
     """Integers that index something stay in the lower half of what they index: offsets may be added to them."""
-    extents = [
-        indirect.extent
-        for indirect in kernel.indirects
-        if any(isinstance(t, Load) and t.buffer == buffer.name for t in walk(indirect.term))
-    ]
-    if not extents:
+    limits: dict[str, None] = {}
+    for indirect in kernel.indirects:
+        read = {t.buffer for t in walk(indirect.term) if isinstance(t, Load)}
+        if buffer.name in read:  # an index made of several buffers may be their product
+            extent = _text(indirect.extent)
+            limits[f"({extent}) // 2" if len(read) == 1 else f"math.isqrt({extent}) // 2"] = None
+    if not limits:
         return "5"
-    least = _text(extents[0]) if len(extents) == 1 else f"min({', '.join(map(_text, extents))})"
-    return f"max(1, {least} // 2)"
+    least = next(iter(limits)) if len(limits) == 1 else f"min({', '.join(limits)})"
+    return f"max(1, {least})"
 
 
 def _text(expr: Expr) -> str:

@@ -233,7 +233,7 @@ def _resources(job: _Job, assembly: str, binary: bytes, shared: int) -> Resource
         scratch = _amd(assembly, "private_segment_fixed_size")
         return Resources(_amd(assembly, "vgpr_count"), 4 * spilled + scratch, shared, threads)
     usage = _cuda_usage(binary)
-    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], max(shared, usage["SHARED"]), threads)
+    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], shared, threads)
 
 
 def _amd(assembly: str, key: str) -> int:
@@ -245,7 +245,7 @@ def _amd(assembly: str, key: str) -> int:
 
 
 def _cuda_usage(binary: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED and LOCAL of the only kernel in a cubin."""
+    """REG, STACK, SHARED and LOCAL of the only kernel in a cubin; stack and local memory hold what was spilled."""
     with private_scratch() as folder:
         cubin = folder / "kernel.cubin"
         cubin.write_bytes(binary)

@@ -27,7 +27,7 @@ RESHAPES = frozenset({
 PERMUTES = frozenset({
     aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default,
 })  # fmt: skip
-MAX_PIECES = 16
+MAX_PIECES = 8  # each piece is a part, and a kernel has at most eight: a longer concatenation reads under guards
 
 
 @dataclass(frozen=True)

@@ -295,9 +295,9 @@ class _Reader:
                 self.exprs.append(sympy.Integer(entry))
                 continue
             name, *operands = _entries(entry, where) or [None]
-            if name in _SYMBOLS:
+            if isinstance(name, str) and name in _SYMBOLS:
                 symbol = _read_scalar(operands[0] if len(operands) == 1 else None, (str,), where)
-                self.exprs.append(_SYMBOLS[str(name)](symbol))
+                self.exprs.append(_SYMBOLS[name](symbol))
                 continue
             function = _known(_FUNCTIONS, name, where)
             parts = [self.exprs[_number(operand, number, where)] for operand in operands]

@@ -134,7 +134,9 @@ def sine_in_quadrant(x, shift: tl.constexpr):
     quadrant = (turns - 4.0 * tl.floor(turns * 0.25)).to(tl.float32)
     s = rest * rest
     sine = rest + rest * s * (-0.16666667 + s * (0.0083333333 + s * (-0.00019841270 + s * 2.7557319e-6)))
-    cosine = 1.0 + s * (-0.5 + s * (0.041666667 + s * (-0.0013888889 + s * (2.4801587e-5 - s * 2.7557319e-7))))
+    cosine = 1.0 + s * (
+        -0.5 + s * (0.041666667 + s * (-0.0013888889 + s * (2.4801587e-5 - s * 2.7557319e-7)))
+    )
     size = tl.where(tl.where(quadrant > 1.5, quadrant - 2.0, quadrant) > 0.5, cosine, sine)
     return tl.where(quadrant > 1.5, -size, size)
 

@@ -53,8 +53,9 @@ def is_whole_blocks(axes: tuple[Axis, ...], block: int) -> bool:
 def gpu_schedule(part: Part, shrink: int = 0) -> Schedule:
     """The schedule to print `part` with: its own where that differs from the default, else one that fits the GPUs.
 
-    shrink: 0 for the usual tiles; each step up halves what stands in registers, for kernels that spilled. A part
-    that brings its own schedule keeps it at 0 and falls back to the smaller tiles from 1 on.
+    shrink: 0 for the usual tiles; 1 to MAX_SHRINK for other ones, smaller or spread over more warps, for kernels that
+    spilled.  (The assembler spills a few bytes on purpose where that lets one more block run, so no rule of thumb
+    finds the right tile for all targets: they are tried.)  A part that brings its own schedule keeps it at 0.
     """
     if part.schedule != Schedule() and shrink == 0:
         return part.schedule
@@ -91,13 +92,19 @@ def _row_schedule(part: RowPart, shrink: int) -> Schedule:
 def _attention_schedule(part: AttentionPart, shrink: int) -> Schedule:
     attend = next(t for t in part_terms(part) if t is part.attend.term)
     features = max(power_of_two(int(part.feature.extent)), power_of_two(int(_summed(attend).extent)), 16)
-    level = shrink + (1 if features > 64 else 0)
-    return _ATTENTION[min(level, len(_ATTENTION) - 1)]
+    return (_NARROW_HEADS if features <= 64 else _WIDE_HEADS)[shrink]
 
 
-_ATTENTION = (
+_NARROW_HEADS = (
     Schedule(block_rows=32, block_k=16, warps=4, stages=1),
+    Schedule(block_rows=16, block_k=16, warps=4, stages=1),
+    Schedule(block_rows=16, block_k=32, warps=8, stages=1),
     Schedule(block_rows=16, block_k=16, warps=8, stages=1),
+)
+_WIDE_HEADS = (
+    Schedule(block_rows=16, block_k=16, warps=8, stages=1),
+    Schedule(block_rows=16, block_k=32, warps=8, stages=1),
+    Schedule(block_rows=16, block_k=16, warps=4, stages=1),
     Schedule(block_rows=16, block_k=16, warps=16, stages=1),
 )
 

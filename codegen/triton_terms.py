@@ -233,7 +233,7 @@ class TermPrinter(IndexPrinter):
         buffer = self.kernel.buffer(term.buffer)
         offset = self.offset(term.index, buffer.shape)
         text = self.load_text(self.pointers[term.buffer], offset, term.index)
-        if is_half(term.dtype):
+        if is_half(buffer.dtype):
             text = Value(f"{text.text}.to(tl.float32)", text.dims)
         return self.writer.let(term.buffer, text)
 

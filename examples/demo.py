@@ -19,7 +19,7 @@ from torchweld.decoding.complete import Completion, complete_text, language_toke
 from torchweld.optimizer.cli import make_console
 from torchweld.optimizer.commands.baseline import decoded_model
 from torchweld.optimizer.commands.dump import dump_job, parse_targets
-from torchweld.optimizer.commands.subject import Wish, compile_subject, load_subject
+from torchweld.optimizer.commands.subject import Wish, explain_subject, load_subject
 
 MODEL = "smollm2"
 PROMPT = "The three most important inventions of the last century are"
@@ -64,7 +64,7 @@ def main() -> None:
         console.print(f"{subject.loaded.path.name}: {parameters / 1e6:.0f} MB of weights as they are stored")
 
     with step(console, "optimize, and compare with float64"):
-        job = compile_subject(subject, wish)
+        job = explain_subject(subject, wish)
         job.report.render(console)
 
     with step(console, f"write kernels to ./{KERNELS}"):

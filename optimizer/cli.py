@@ -83,12 +83,13 @@ def optimize(
 ) -> None:
     """Optimize MODEL, fill the kernel cache, and print the headline figures."""
     from torchweld.optimizer.commands.explain import check_report_path, is_right, summarize, write_report
-    from torchweld.optimizer.commands.subject import Wish, compile_model
+    from torchweld.optimizer.commands.subject import Wish, compile_subject, load_subject
 
     check_name("guide", guide, ("model", "measure"), "--guide")
     if out is not None:
         check_report_path(out)
-    job = compile_model(model, Wish(batch, seq, threads, guide, verify, strict))
+    wish = Wish(batch, seq, threads, guide, verify, strict)
+    job = compile_subject(load_subject(model, wish), wish)
     summarize(job.report, make_console())
     if out is not None:
         write_report(job.report, out)
@@ -110,10 +111,11 @@ def explain_(
 ) -> None:
     """Say what each pass did to MODEL, what each kernel costs, and what runs eagerly."""
     from torchweld.optimizer.commands.explain import is_right, print_report
-    from torchweld.optimizer.commands.subject import Wish, compile_model
+    from torchweld.optimizer.commands.subject import Wish, explain_subject, load_subject
 
     check_name("guide", guide, ("model", "measure"), "--guide")
-    job = compile_model(model, Wish(batch, seq, threads, guide, int(check), profile=profile))
+    wish = Wish(batch, seq, threads, guide, int(check), profile=profile)
+    job = explain_subject(load_subject(model, wish), wish)
     print_report(job.report, make_console(), as_json=json, as_markdown=markdown)
     if not is_right(job):
         raise typer.Exit(NO)

@@ -35,6 +35,7 @@ PIPELINE: tuple[AnyPass, ...] = (*GRAPH_PASSES, *FUSE)
 MAX_REFUSALS_KEPT = 200
 
 AfterPass = Callable[[str, fx.GraphModule], None]
+"""Called with a pass's name and the runnable graph after every pass that changed something."""
 
 
 def pass_names() -> tuple[str, ...]:
@@ -74,7 +75,7 @@ def run_graph_passes(program: Program, settings: Settings) -> Program:
         outcome = run_pass(program.graph_module, pass_, settings.fuel)
         settings.burn(outcome.applied)
         _record(settings.ledger, pass_, outcome, start)
-        if settings.after_pass is not None:
+        if settings.after_pass is not None and outcome.applied:
             settings.after_pass(str(pass_.NAME), program.graph_module)
     return program
 
@@ -92,7 +93,7 @@ def fuse(program: Program, settings: Settings) -> GroupGraph:
         outcome = run_fusion(groups, pass_, fuel=settings.fuel, measure=settings.measure)
         settings.burn(outcome.applied)
         _record_fusion(settings.ledger, pass_, outcome, start)
-        if settings.after_pass is not None:
+        if settings.after_pass is not None and outcome.applied:
             settings.after_pass(str(pass_.NAME), fused_module(groups, group_names(groups)))
     return groups
 

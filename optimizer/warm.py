@@ -134,8 +134,6 @@ class WarmStart:
 
     def _signature(self, entry: Entry) -> Program:
         """A program that knows how to be called; its graph was not kept and says so when it is run."""
-        graph = fx.Graph()
-        graph.output((graph.call_function(_refuse_to_run),))
         try:
             outputs = pytree.tree_structure(_nested(json.loads(entry.outputs)))
         except (ValueError, RecursionError) as problem:
@@ -144,6 +142,10 @@ class WarmStart:
             raise DamagedRecord(f"{len(entry.results)} results for {outputs.num_leaves} outputs")
         inputs = pytree.tree_structure((self.args, dict(self.kwargs)))
         names = positional_names(self.model, len(self.args))
+        graph = fx.Graph()
+        for number in range(inputs.num_leaves):
+            graph.placeholder(f"input_{number}")
+        graph.output((graph.call_function(_refuse_to_run),))
         return Program(fx.GraphModule(nn.Module(), graph), inputs, outputs, type(self.model).__name__, names)
 
 

@@ -95,15 +95,15 @@ def _as_heads(
 ) -> fx.Node | Spelling:
     """`operand` with batch and heads as two axes: what it was reshaped from, or a reshape."""
     node = operand.node
-    if len(operand.shape) == 4:
-        return node if operand.order is None else Spelling(aten.permute.default, (node, list(operand.order)))
     moved: Any = (
         node if operand.order is None else Spelling(aten.permute.default, (node, list(operand.order)))
     )
+    if len(operand.shape) == 4:
+        return moved if isinstance(moved, Spelling) else node
     shape = (*found.shape[:2], *operand.shape[1:])
-    source = node.args[0]
-    if operand.order is None and is_call(node, aten.reshape.default) and isinstance(source, fx.Node):
-        if shape_of(source) == shape:
+    if operand.order is None and is_call(node, aten.reshape.default):
+        source = node.args[0]
+        if isinstance(source, fx.Node) and shape_of(source) == shape:
             return source
     return Spelling(aten.reshape.default, (moved, read_sizes(graph_module, anchor, shape)))
 

@@ -84,10 +84,14 @@ def _fold(
 
 
 def _folded(dtype: torch.dtype, kind: str, axes: tuple[Axis, ...], body: Term) -> Term:
-    """A Fold; without axes, what it gives for a single number."""
-    if axes:
-        return Fold(dtype, Monoid(kind), axes, body)  # type: ignore[arg-type]
-    return const(0, dtype) if kind in ("argmax", "argmin") else body
+    """A Fold; without axes, what it gives for a single number.  The largest truth is any, the least all."""
+    places = kind in ("argmax", "argmin")
+    if not axes:
+        return const(0, dtype) if places else body
+    if body.dtype == torch.bool:
+        kind = {"max": "any", "min": "all"}.get(kind, kind)
+        body = cast(body, torch.uint8) if places else body
+    return Fold(dtype, Monoid(kind), axes, body)  # type: ignore[arg-type]
 
 
 def _keepdim(node: fx.Node, position: int = 2) -> bool:

@@ -7,15 +7,16 @@ from rich.console import Console
 
 from torchweld.optimizer.bench import interleave
 from torchweld.optimizer.commands.baseline import decoded_model
-from torchweld.optimizer.commands.subject import Wish, compile_model
+from torchweld.optimizer.commands.subject import Wish, compile_subject, load_subject
 
 
 def bench_model(spec: str, wish: Wish, rounds: int, console: Console, *, as_json: bool) -> None:
     """Time both on the same inputs and the same number of threads; print a table or JSON."""
     if wish.threads is not None:
         torch.set_num_threads(wish.threads)
-    job = compile_model(spec, wish)
-    subject, eager = job.subject, decoded_model(job.subject.loaded.module)
+    subject = load_subject(spec, wish)
+    job = compile_subject(subject, wish)
+    eager = decoded_model(subject.loaded.module)
     with torch.no_grad(), subject.phase("time"):
         result = interleave(lambda: job(*subject.inputs), lambda: eager(*subject.inputs), rounds=rounds)
     if as_json:

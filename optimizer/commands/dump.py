@@ -16,7 +16,7 @@ from torchweld.codegen.lower import LoweredGroup
 from torchweld.codegen.plan import Launch
 from torchweld.codegen.reference import group_reference
 from torchweld.graph.target import GPU_TARGETS, gpu_target
-from torchweld.optimizer.commands.subject import Job, Wish, compile_model
+from torchweld.optimizer.commands.subject import Job, Wish, explain_subject, load_subject
 from torchweld.optimizer.compile import Compiled, group_layers
 from torchweld.optimizer.report_tables import Column, Table
 from torchweld.optimizer.suggest import check_name
@@ -58,7 +58,9 @@ def dump_model(
     """
     # Before the long work, so that a folder that cannot be made is known at once.
     out.mkdir(parents=True, exist_ok=True)
-    return dump_job(compile_model(spec, wish), targets, out, console, check=check)
+    # Kernels that the gate would not run are written as well: the targets are other machines.
+    job = explain_subject(load_subject(spec, wish), wish, gate=False)
+    return dump_job(job, targets, out, console, check=check)
 
 
 def dump_job(job: Job, targets: tuple[str, ...], out: Path, console: Console, *, check: bool = False) -> bool:

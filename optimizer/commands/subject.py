@@ -14,8 +14,10 @@ from torchweld.graph.capture_inputs import Family, flatten_example
 from torchweld.graph.program import Program
 from torchweld.models.errors import ModelFileError
 from torchweld.models.load import LoadedModel, load_model
+from torchweld.optimizer.api import optimize
 from torchweld.optimizer.compile import Compiled, Options, compile_program
 from torchweld.optimizer.environment import read_environment
+from torchweld.optimizer.gate import keep_if_faster
 from torchweld.optimizer.ledger import Phase
 from torchweld.optimizer.pipeline import pass_names
 from torchweld.optimizer.profile import kernel_timer, profile
@@ -68,19 +70,18 @@ class Subject:
 
 @dataclass(frozen=True)
 class Job:
-    """A subject, its captured program and what was compiled from it; no `verdict`: it was not compared."""
+    """A subject and what was compiled from it; no `verdict`: it was not compared with float64."""
 
     subject: Subject
-    program: Program
     compiled: Compiled
-    verdict: StageCheck | None
+    verdict: StageCheck | None = None
 
     @property
     def report(self) -> Report:
         """The compiler's report under the model's name, with the seconds of loading and capture in front."""
         known = self.compiled.report
         front = tuple(phase for phase in self.subject.phases if phase.name in ("load", "capture"))
-        names = size_names(self.program)
+        names = size_names(self.compiled)
         sizes = tuple((names.get(symbol, symbol), size) for symbol, size in known.sizes)
         return replace(
             known, model=self.subject.loaded.name, sizes=tuple(sorted(sizes)), phases=(*front, *known.phases)
@@ -132,42 +133,55 @@ def resize_inputs(loaded: LoadedModel, batch: int | None, sequence: int | None) 
     return tuple(leaf for leaf in example.resized(sizes) if isinstance(leaf, Tensor))
 
 
-def size_names(program: Program) -> dict[str, str]:
+def size_names(compiled: Compiled) -> dict[str, str]:
     """What each size symbol of the inputs means: "batch", "sequence", or `input[dim]` for any other."""
     names: dict[str, str] = {}
-    for node in program.placeholders:
-        value = node.meta.get("val")
-        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+    for spec in compiled.built.plan.inputs if compiled.built is not None else ():
+        for dim, extent in enumerate(spec.shape):
             role = ("batch", "sequence")[dim] if dim < 2 else ""
-            name = role if role and role not in names.values() else f"{node.name}[{dim}]"
-            names.setdefault(str(size), name)
+            name = role if role and role not in names.values() else f"{spec.name}[{dim}]"
+            names.setdefault(str(extent), name)
     return names
 
 
 def capture_subject(subject: Subject) -> Program:
-    """The captured program. Captures at the model's own example inputs: their sizes stay symbolic."""
+    """The captured program; what may vary in size is symbolic."""
     with subject.phase("capture"):
-        return capture(subject.loaded.module, subject.loaded.example_inputs)
+        return capture(subject.loaded.module, subject.inputs)
 
 
 def compile_subject(subject: Subject, wish: Wish) -> Job:
-    """Capture and compile, costs modelled at the subject's inputs; compare and time if the wish says so."""
+    """Compile for inputs like the subject's, as `optimize` does it: from the cache where it knows the model.
+
+    A wish to compare or to time needs the captured program, and `explain_subject` makes it.
+    """
+    if wish.verify or wish.profile or read_environment(pass_names()).verify:
+        return explain_subject(subject, wish)
+    with subject.phase("optimize"):
+        optimized = optimize(subject.loaded.module, subject.inputs, options=wish.options())
+    return Job(subject, optimized.compiled)
+
+
+def explain_subject(subject: Subject, wish: Wish, *, gate: bool = True) -> Job:
+    """Capture and compile afresh, with everything known about it; compare and time if the wish says so.
+
+    gate: run eagerly what is slower compiled, as `optimize` does.
+    """
     environment = read_environment(pass_names())
     program = capture_subject(subject)
+    flat = program.flatten_inputs(subject.inputs, {})
     options = wish.options()
     measure = kernel_timer(program, subject.inputs, options) if wish.guide == "measure" else None
     with subject.phase("compile"):
         compiled = compile_program(program, options=options, example_inputs=subject.inputs, measure=measure)
+    if gate:
+        with subject.phase("compare with eager"):
+            keep_if_faster(compiled, program, flat)
     verdict = None
     if max(wish.verify, environment.verify):
         with subject.phase("compare with float64"):
-            verdict = add_error(compiled, program, program.flatten_inputs(subject.inputs, {}))
+            verdict = add_error(compiled, program, flat)
     if wish.profile:
         with subject.phase("time kernels of"):
             profile(compiled)
-    return Job(subject, program, compiled, verdict)
-
-
-def compile_model(spec: str, wish: Wish) -> Job:
-    """Load and compile MODEL, with progress on stderr."""
-    return compile_subject(load_subject(spec, wish), wish)
+    return Job(subject, compiled, verdict)

@@ -110,7 +110,9 @@ def trigonometry() -> Case:
     x = at("x", F32)
     outputs = {"sin_out": op("sin", x), "cos_out": op("cos", x)}
     small = torch.linspace(-40, 40, 801)
-    x_values = torch.cat([small, torch.tensor([0.0, 8191.0, -8191.0, 123456.7, 3e7, 1e9, float("nan"), float("inf")])])
+    x_values = torch.cat(
+        [small, torch.tensor([0.0, 8191.0, -8191.0, 123456.7, 3e7, 1e9, float("nan"), float("inf")])]
+    )
     fixed = (("x", x_values),)
     return Case(pointwise(outputs, {"x": F32}), ({"S": len(x_values)},), fixed, tolerance=3e-7)
 

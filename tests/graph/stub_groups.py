@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 from sympy import Integer
+from torch import fx
 
 from torchweld.graph.groups import Group, GroupGraph, Work
 from torchweld.graph.rewrite import Refusal

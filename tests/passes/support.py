@@ -42,7 +42,7 @@ class Case:
     def __init__(
         self, function: Callable[..., Any], *inputs: Tensor, dynamic: Dynamic = True, **weights: Tensor
     ) -> None:
-        self.model = Holder(function, **weights)
+        self.model = Holder(function, **weights).eval()
         self.inputs = inputs
         chosen: Any = dynamic
         self.program: Program = capture(self.model, inputs, dynamic=chosen, verify=False)

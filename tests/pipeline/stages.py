@@ -13,7 +13,7 @@ from tests.generators.graphs import GeneratedCase
 from torchweld.codegen.build_plan import BuiltPlan, build_plan
 from torchweld.codegen.executable import Executable
 from torchweld.codegen.interpreter import interpret
-from torchweld.codegen.plan import EagerStep, Launch, Plan
+from torchweld.codegen.plan import EagerStep, Launch, Plan, ValueSpec
 from torchweld.codegen.plan_inputs import bind_sizes
 from torchweld.graph.compare import NonFiniteException, changed_inputs, compare, is_data_movement, snapshot
 from torchweld.graph.float64 import reference_float64, rounding_spread
@@ -157,3 +157,62 @@ def _interpret_launch(
     given = {buffer.name: values[name].contiguous() for buffer, name in pairs if buffer.role != "output"}
     results = interpret(launch.kernel, given, sizes)
     return {name: results[buffer.name] for buffer, name in pairs if buffer.role == "output"}
+
+
+def merged(plans: Sequence[Plan]) -> Plan:
+    """Several plans without sizes as one, so that all their kernels are compiled in one translation unit.
+
+    Values are told apart by a prefix; the inputs and outputs of the plans follow each other.
+    """
+    if any(plan.sizes for plan in plans):
+        raise ValueError("plans with sizes cannot be merged: equal names would mean different sizes")
+    parts = [_prefixed(plan, f"p{number}_") for number, plan in enumerate(plans)]
+    return Plan(
+        tuple(spec for part in parts for spec in part.inputs),
+        {name: tensor for part in parts for name, tensor in part.constants.items()},
+        {name: spec for part in parts for name, spec in part.values.items()},
+        tuple(step for part in parts for step in part.steps),
+        tuple(name for part in parts for name in part.outputs),
+        (),
+    )
+
+
+def _prefixed(plan: Plan, prefix: str) -> Plan:
+    def spec(old: ValueSpec) -> ValueSpec:
+        return replace(old, name=prefix + old.name)
+
+    def names(old: Sequence[str]) -> tuple[str, ...]:
+        return tuple(prefix + name for name in old)
+
+    steps = [
+        replace(step, arguments=names(step.arguments))
+        if isinstance(step, Launch)
+        else replace(step, arguments=names(step.arguments), results=names(step.results))
+        for step in plan.steps
+    ]
+    return Plan(
+        tuple(map(spec, plan.inputs)),
+        {prefix + name: tensor for name, tensor in plan.constants.items()},
+        {prefix + name: spec(value) for name, value in plan.values.items()},
+        tuple(steps),
+        names(plan.outputs),
+        (),
+    )
+
+
+def run_compiled(built: Sequence[BuiltPlan], inputs: Sequence[Sequence[object]]) -> list[tuple[object, ...]]:
+    """The results of several plans that are compiled as one unit, per plan."""
+    plan = merged([one.plan for one in built])
+    tensors = [
+        value
+        for one, flat in zip(built, inputs, strict=True)
+        for at in one.tensor_inputs
+        if isinstance(value := flat[at], Tensor)
+    ]
+    outputs = list(Executable(plan, threads=1)(*tensors))
+    results = []
+    for one in built:
+        count = len(one.plan.outputs)
+        results.append(results_of(one, outputs[:count]))
+        outputs = outputs[count:]
+    return results

@@ -11,7 +11,7 @@ from torch import nn
 
 from torchweld.models.load import LoadedModel
 from torchweld.optimizer.commands.dump import TARGETS, dump_job, parse_targets
-from torchweld.optimizer.commands.subject import Job, Subject, Wish, compile_subject
+from torchweld.optimizer.commands.subject import Job, Subject, Wish, explain_subject
 from torchweld.optimizer.suggest import UnknownNameError
 
 
@@ -33,7 +33,7 @@ def job() -> Job:
     torch.manual_seed(0)
     inputs = (torch.randn(2, 5, 16),)
     loaded = LoadedModel(Two().eval(), None, inputs, "two", "Two", Path("two"), "other")
-    return compile_subject(Subject(loaded, inputs), Wish(threads=1))
+    return explain_subject(Subject(loaded, inputs), Wish(threads=1), gate=False)
 
 
 def dump(job: Job, targets: tuple[str, ...], out: Path, *, check: bool = False) -> tuple[bool, str]:
