@@ -15,7 +15,7 @@ GENERIC = frozenset({"weight", "bias", "data", "table"})
 
 def identifier(text: str) -> str:
     """`text` as a name for C++ and Python."""
-    cleaned = re.sub(r"\W+", "_", text).strip("_").lower() or "value"
+    cleaned = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_").lower() or "value"
     return f"v_{cleaned}" if cleaned[0].isdigit() else cleaned
 
 

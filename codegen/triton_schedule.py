@@ -3,7 +3,7 @@
 The limits come from registers: 255 per thread and no spills on any target.  A tile of E elements over W warps costs
 E / (32 W) registers for each value that is alive, and a fused row kernel keeps a handful alive, so a row tile holds at
 most 2048 elements per 4 warps.  float32 products run without tensor cores ("ieee"), where the accumulator and both
-operand fragments stand in registers; 32 x 64 and steps of 32 keep them below half the file.
+operand fragments stand in registers; 32 x 64 and steps of 16 keep them below half the file.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from torchweld.graph.ops import attention as _attention_op  # noqa: F401  regist
 
 @given(st.text())
 def test_identifiers_are_legal_in_python_and_cpp(text: str) -> None:
-    assert re.fullmatch(r"[a-z_À-￿][\w]*", identifier(text), re.ASCII) or identifier(text).isidentifier()
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", identifier(text))
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,8 @@ def test_identifiers_are_legal_in_python_and_cpp(text: str) -> None:
         ("3d", "v_3d"),
         ("", "value"),
         ("__x--y__", "x_y"),
+        ("größe", "gr_e"),
+        ("²", "value"),
     ],
 )
 def test_identifiers(text: str, expected: str) -> None:
@@ -78,12 +80,6 @@ def test_names_of_inputs_and_operations() -> None:
     case = Case(lambda m, x: x.exp(), numbers(3), dynamic=False)
     first, call = list(case.graph_module.graph.nodes)[:2]
     assert (buffer_hint(first), buffer_hint(call), operation_name(call)) == ("inputs_0", "exp", "exp")
-
-
-def test_an_operation_that_is_a_plain_function_is_called_by_its_name() -> None:
-    graph = fx.Graph()
-    node = graph.call_function(len, ())
-    assert operation_name(node).endswith("len_") or "len" in operation_name(node)
 
 
 class Gated(nn.Module):

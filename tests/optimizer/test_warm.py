@@ -59,6 +59,15 @@ def restored(
     return compiled
 
 
+@pytest.fixture(autouse=True, scope="module")
+def settled_sources() -> None:
+    """Where somebody writes torchweld's sources while it runs, there is no warm start, by design."""
+    try:
+        fingerprint_module.package_digest()
+    except fingerprint_module.Unjudged as problem:
+        pytest.skip(str(problem))
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     folder = tmp_path_factory.mktemp("warm")
@@ -317,7 +326,7 @@ def test_damaged_entries_are_misses_and_are_replaced(llama: Stored, tmp_path: Pa
 
 
 class Scaled(nn.Module):
-    """x * number + weight: the number is a constant that passes may look into."""
+    """x * number + weight: a pass looks at the number, since a product with 1 goes away."""
 
     def __init__(self, number: float) -> None:
         super().__init__()
@@ -325,7 +334,7 @@ class Scaled(nn.Module):
         self.register_buffer("weight", torch.rand(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.pow(x, self.number) + self.weight
+        return x * self.number + self.weight
 
 
 def foreign_start(model: nn.Module, options: Options, inputs: tuple[Tensor, ...]) -> WarmStart:
@@ -346,10 +355,10 @@ def store_foreign(model: nn.Module, options: Options, inputs: tuple[Tensor, ...]
 def test_values_that_decided_something_must_be_the_same(tmp_path: Path) -> None:
     options = Options(threads=1, target=TARGET, cache=Cache(tmp_path / "cache"))
     inputs = (torch.rand(3, 5),)
-    kept, stored = store_foreign(Scaled(2.0), options, inputs)
+    kept, stored = store_foreign(Scaled(1.0), options, inputs)
     assert stored
     assert kept.reads.names == {"number"}
-    same, other = Scaled(2.0), Scaled(3.0)
+    same, other = Scaled(1.0), Scaled(3.0)
     warm = foreign_start(same, options, inputs).restore()
     assert warm is not None
     assert torch.allclose(warm.run(*inputs), same(*inputs))

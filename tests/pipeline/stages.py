@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.generators.graphs import GeneratedCase
+from tests.generators.graphs import GeneratedCase, set_fake_values
 from torchweld.codegen.build_plan import BuiltPlan, build_plan
 from torchweld.codegen.executable import Executable
 from torchweld.codegen.interpreter import interpret
@@ -94,9 +95,24 @@ class Judge:
 
 def program_of(case: GeneratedCase) -> Program:
     """A case with static sizes in captured form."""
-    module = case.with_fake_values()
-    in_spec = pytree.tree_structure((case.inputs, {}))
-    return Program(module, in_spec, pytree.tree_structure(case.outputs), "random", tuple(s.name for s in case.input_specs))
+    return _program(case.with_fake_values(), case.inputs)
+
+
+def traced(function: Callable[..., object], inputs: Sequence[Tensor]) -> Program:
+    """A function of tensors in captured form, for these very sizes; composite operations are kept."""
+
+    def flat(*tensors: Tensor) -> tuple[object, ...]:
+        result = function(*tensors)
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+    module = make_fx(flat, pre_dispatch=True)(*inputs)
+    set_fake_values(module, inputs)
+    return _program(module, inputs)
+
+
+def _program(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:
+    results = module.graph.output_node().args[0]
+    return Program(module, pytree.tree_structure((tuple(inputs), {})), pytree.tree_structure(results), "random")
 
 
 def compile_stages(program: Program, judge: Judge) -> Stages:

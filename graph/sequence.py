@@ -1,0 +1,225 @@
+"""Sequence-axis analysis: which axis of each value is the sequence, and does a position depend on others?
+
+    found = analyse_sequence(program)          # canonicalised and recognised
+    found.along[node]                          # Along(axis=1, tokens=True)
+    found.attentions, found.sources, found.tables, found.limit
+
+Every value is *uniform* (no sequence axis), or *along* one axis on which position t depends on position t of its
+operands alone. Only attention with a proved causal or window mask may look back, and only position sources (what
+an arange or a slice of a table gives) may depend on where t is; both are listed, so that a rewrite can give them a
+past. Any other op is refused with its node: nothing here is inferred from examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from torchweld.graph.match import dim_key, is_tensor, shape_of
+from torchweld.graph.position_rules import make_prover
+from torchweld.graph.positions import BATCH, HEAD, QUERY, Extents, Prover, Unprovable
+from torchweld.graph.program import Program, source_line
+from torchweld.graph.rewrite import Refusal
+
+Expr = Any  # sympy has no stubs
+
+
+class Mixes(Exception):
+    """A position of this node depends on others in a way that has no state rule; the text says how."""
+
+
+@dataclass(frozen=True)
+class Along:
+    """The sequence is the minor factor of `axis` (all of it, or merged behind the batch). `tokens`: does the value
+    depend on the tokens, or on the position alone?"""
+
+    axis: int
+    tokens: bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """The value at position t is `first + slope * t`."""
+
+    first: int
+    slope: int
+
+
+@dataclass(frozen=True)
+class PositionSource:
+    """A value that is a line of the position: with a past of P tokens it becomes `node + slope * P`."""
+
+    node: fx.Node
+    line: Line
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """A slice `table[start : start + S]` of a constant: with a past of P tokens it starts at `start + P`."""
+
+    node: fx.Node
+    axis: int
+    start: int
+
+
+@dataclass(frozen=True)
+class SequenceAnalysis:
+    """What a causal program does with its sequence axis.
+
+    tokens: the input with the sequence at axis 1, whose size is `symbol`.  along: every value with a sequence axis.
+    attentions: in graph order.  key_masks: additive masks that depend on the key's position alone (ALiBi), by
+    attention.  limit: the positions that tables and capture allow, None for no limit.  logits: the output.
+    """
+
+    tokens: fx.Node
+    symbol: Expr
+    along: Mapping[fx.Node, Along]
+    attentions: tuple[fx.Node, ...]
+    key_masks: Mapping[fx.Node, fx.Node]
+    sources: tuple[PositionSource, ...]
+    tables: tuple[PositionTable, ...]
+    limit: int | None
+    logits: fx.Node
+
+
+@dataclass
+class Scope:
+    """What the rules of `sequence_rules` ask and tell while the graph is walked."""
+
+    graph_module: fx.GraphModule
+    symbol: Expr
+    prover: Prover
+    along: dict[fx.Node, Along] = field(default_factory=dict)
+    attentions: list[fx.Node] = field(default_factory=list)
+    key_masks: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    sources: list[PositionSource] = field(default_factory=list)
+    tables: list[PositionTable] = field(default_factory=list)
+    limits: list[int] = field(default_factory=list)
+
+    def of(self, argument: object) -> Along | None:
+        """The sequence axis of an argument; None for uniform values, sizes and literals."""
+        return self.along.get(argument) if isinstance(argument, fx.Node) else None
+
+    def follows(self, size: Expr) -> bool:
+        """Does a size depend on the sequence length?"""
+        return self.symbol in sympy.sympify(size).free_symbols
+
+    def axes(self, node: fx.Node) -> list[int]:
+        """Axes of a tensor whose size depends on the sequence length."""
+        return [axis for axis, size in enumerate(shape_of(node)) if self.follows(size)]
+
+    def is_whole(self, node: fx.Node, axis: int) -> bool:
+        """Is `axis` exactly the sequence, not merged with the batch?"""
+        return bool(shape_of(node)[axis] == self.symbol)
+
+    def line(self, node: fx.Node, axis: int) -> Line | None:
+        """`node` as a line of the position along `axis`, for every length; None where that is not proved."""
+        others = iter((BATCH, HEAD))
+        rank = len(shape_of(node))
+        if rank > 3 or not self.is_whole(node, axis):
+            return None
+        index = tuple(
+            QUERY if place == axis else sympy.Integer(0) if size == 1 else next(others)
+            for place, size in enumerate(shape_of(node))
+        )
+        try:
+            value = self.prover.value(node, index)
+        except Unprovable:
+            return None
+        if not isinstance(value, sympy.Expr) or value.free_symbols - {QUERY}:
+            return None
+        first, slope = value.subs(QUERY, 0), value.coeff(QUERY)
+        if not (first.is_Integer and slope.is_Integer) or sympy.expand(value - first - slope * QUERY) != 0:
+            return None
+        return Line(int(first), int(slope))
+
+
+RuleOf = Callable[[fx.Node], Callable[[Scope, fx.Node], "Along | None"] | None]
+
+
+def walk_sequence(program: Program, rule_of: RuleOf) -> SequenceAnalysis | Refusal:
+    """Walk `program` with the rules that `rule_of` gives per node; the first node that mixes positions refuses."""
+    tokens = find_tokens(program)
+    if isinstance(tokens, Refusal):
+        return tokens
+    batch, symbol = shape_of(tokens)[:2]
+    prover = make_prover(program.graph_module, Extents(batch, sympy.Integer(1), symbol, symbol))
+    scope = Scope(program.graph_module, symbol, prover, {tokens: Along(1, tokens=True)})
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        try:
+            found = _follow(scope, node, rule_of)
+        except Mixes as problem:
+            return Refusal(str(problem), node)
+        if found is not None:
+            scope.along[node] = found
+    logits = _find_logits(program, scope)
+    if isinstance(logits, Refusal):
+        return logits
+    if not scope.attentions:
+        return Refusal("there is no attention: nothing would be cached", logits)
+    highest = [size.high for size in program.sizes if size.dim == 1 and size.high is not None]
+    limit = min([*scope.limits, *highest], default=None)
+    return SequenceAnalysis(
+        tokens, symbol, scope.along, tuple(scope.attentions), scope.key_masks, tuple(scope.sources),
+        tuple(scope.tables), limit, logits,
+    )  # fmt: skip
+
+
+def find_tokens(program: Program) -> fx.Node | Refusal:
+    """The one tensor input that the graph reads: [batch, sequence, ...] with a sequence that varies."""
+    read = [node for node in program.placeholders if is_tensor(node) and node.users]
+    if len(read) != 1:
+        names = ", ".join(node.name for node in read) or "none"
+        blamed = read[1] if len(read) > 1 else None
+        return Refusal(f"one tensor input, the tokens, is expected; the graph reads {names}", blamed)
+    shape = shape_of(read[0])
+    if len(shape) < 2 or not isinstance(shape[1], sympy.Symbol):
+        given = ", ".join(map(str, shape))
+        return Refusal(
+            f"the sequence must be axis 1 of {read[0].name} and vary; it is [{given}]: capture with it dynamic", read[0]
+        )
+    return read[0]
+
+
+def describe_refusal(refusal: Refusal) -> str:
+    """`reason (node, op, source line)`, for people."""
+    node = refusal.node
+    if node is None:
+        return refusal.reason
+    return f"{refusal.reason} ({node.name} = {node.target} at {source_line(node)})"
+
+
+def _find_logits(program: Program, scope: Scope) -> fx.Node | Refusal:
+    """The one output that follows the tokens; constants such as None may stand beside it."""
+    found = [value for value in program.outputs if isinstance(value, fx.Node)]
+    if len(found) != 1:
+        return Refusal(f"one output, the logits, is expected; the graph returns {len(found)}", None)
+    along = scope.of(found[0])
+    if along is None or not along.tokens or along.axis != 1 or not scope.is_whole(found[0], 1):
+        return Refusal("the output has no sequence at axis 1, one entry per token", found[0])
+    return found[0]
+
+
+def _follow(scope: Scope, node: fx.Node, rule_of: RuleOf) -> Along | None:
+    """The sequence axis of one node, or Mixes."""
+    if not any(True for _ in _tensors(node)):
+        return None  # a size
+    touched = any(scope.of(source) is not None for source in node.all_input_nodes)
+    grows = any(scope.axes_of(value) for value in _tensors(node)) if touched else _grows(scope, node)
+    if not touched and not grows:
+        if any(_is_length(scope, source) for source in node.all_input_nodes):
+            raise Mixes(f"{op_name(node)} depends on the sequence length, which changes with every token")
+        return None
+    found = _by_rule(scope, node, rule_of)
+    for value in _tensors(node):
+        others = [axis for axis, size in enumerate(value.shape) if scope.follows(dim_key(size)) and axis != found.axis]
+        if others or not scope.follows(dim_key(value.shape[found.axis])):
+            raise Mixes(f"{op_name(node)} gives a value with the sequence on axes {others} beside {found.axis}")
+    return found
