@@ -16,7 +16,8 @@ _KEYWORDS: Final = frozenset(
     true try typedef typeid typename union unsigned using virtual void volatile while xor
     exp exp2 log log2 log1p expm1 sin cos tanh erf pow atan2 fmod logf log2f log1pf expm1f exp2f sinf cosf powf atan2f
     fmodf floor ceil round trunc rint nearbyint sqrt abs fabs fma fmin fmax sinh cosh floorf ceilf roundf truncf rintf
-    sqrtf fabsf memcpy memset memmove memcmp index select clone signal read write main exit abort buffers sizes thread threads scratch error unix linux
+    sqrtf fabsf memcpy memset memmove memcmp index select clone signal read write main exit abort buffers
+    sizes thread threads scratch error unix linux
     share point unit blocks rows row_blocks block_rows column_blocks first_row first_column columns ready batch r m j
     decoded query_blocks first_query first_key last_key begin_key end_key keys q_rows k_rows v_rows k_at v_at scores
     visible_from visible_to greatest total result from to

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import fx
 
+from torchweld.graph.groups import kind_of
 from torchweld.graph.index import ZERO, Ranges, reindex_reshape
 from torchweld.graph.meaning.context import Index, Unsupported, argument, normalize_dim, shape_of
 from torchweld.graph.meaning.views import permuted_dims
-from torchweld.graph.groups import kind_of
 from torchweld.graph.terms import Expr
 
 aten = torch.ops.aten
@@ -89,7 +90,7 @@ def anchor_path(node: fx.Node, inside: Collection[fx.Node]) -> list[fx.Node]:
 
 def carry_forward(path: Sequence[fx.Node], index: Index, ranges: Ranges) -> Index:
     """The index at the end of `path` of the element that stands at `index` at its start."""
-    for before, after in zip(path, path[1:], strict=False):
+    for before, after in pairwise(path):
         old, new = shape_of(before), shape_of(after)
         if after.target in RESHAPES:
             index = reindex_reshape(index, old, new, ranges)

@@ -278,7 +278,7 @@ class GroupGraph:
         result = self.lower(joined)
         if isinstance(result, Refusal):
             raise ValueError(f"contracting groups {chosen}: {result.reason}")
-        new = max(self.dag.nodes) + 1
+        new: int = max(self.dag.nodes) + 1
         self.groups[new] = Group(new, joined.nodes)
         self.lowered[new] = result
         self._rewire(chosen, new)

@@ -1,6 +1,6 @@
 """Sequence-axis analysis: which axis of each value is the sequence, and does a position depend on others?
 
-    found = analyse_sequence(program)          # canonicalised and recognised
+    found = walk_sequence(program, rule_of)    # canonicalised and recognised; rules in `sequence_rules`
     found.along[node]                          # Along(axis=1, tokens=True)
     found.attentions, found.sources, found.tables, found.limit
 
@@ -12,7 +12,7 @@ past. Any other op is refused with its node: nothing here is inferred from examp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,11 +139,20 @@ class Scope:
         return Line(int(first), int(slope))
 
 
-RuleOf = Callable[[fx.Node], Callable[[Scope, fx.Node], "Along | None"] | None]
+@dataclass(frozen=True)
+class Rule:
+    """How one op treats the sequence axis: the axis of its result, or Mixes. `sizes`: its size arguments may follow
+    the sequence length (a reshape), which a value may not."""
+
+    apply: Callable[[Scope, fx.Node], Along]
+    sizes: bool = False
+
+
+RuleOf = Callable[[fx.Node], Rule | None]
 
 
 def walk_sequence(program: Program, rule_of: RuleOf) -> SequenceAnalysis | Refusal:
-    """Walk `program` with the rules that `rule_of` gives per node; the first node that mixes positions refuses."""
+    """Walk `program` with the rule that `rule_of` gives per node; the first node that mixes positions refuses."""
     tokens = find_tokens(program)
     if isinstance(tokens, Refusal):
         return tokens
@@ -177,23 +186,27 @@ def find_tokens(program: Program) -> fx.Node | Refusal:
     read = [node for node in program.placeholders if is_tensor(node) and node.users]
     if len(read) != 1:
         names = ", ".join(node.name for node in read) or "none"
-        blamed = read[1] if len(read) > 1 else None
+        blamed = read[-1] if read else None
         return Refusal(f"one tensor input, the tokens, is expected; the graph reads {names}", blamed)
     shape = shape_of(read[0])
     if len(shape) < 2 or not isinstance(shape[1], sympy.Symbol):
         given = ", ".join(map(str, shape))
-        return Refusal(
-            f"the sequence must be axis 1 of {read[0].name} and vary; it is [{given}]: capture with it dynamic", read[0]
-        )
+        expected = f"the sequence must be axis 1 of {read[0].name} and vary: capture it as dynamic"
+        return Refusal(f"{expected}; its shape is [{given}]", read[0])
     return read[0]
 
 
 def describe_refusal(refusal: Refusal) -> str:
-    """`reason (node, op, source line)`, for people."""
+    """`reason (node = op at source line)`, for people."""
     node = refusal.node
     if node is None:
         return refusal.reason
     return f"{refusal.reason} ({node.name} = {node.target} at {source_line(node)})"
+
+
+def op_name(node: fx.Node) -> str:
+    """`aten.mean.dim` for a call."""
+    return str(node.target)
 
 
 def _find_logits(program: Program, scope: Scope) -> fx.Node | Refusal:
@@ -208,18 +221,63 @@ def _find_logits(program: Program, scope: Scope) -> fx.Node | Refusal:
 
 
 def _follow(scope: Scope, node: fx.Node, rule_of: RuleOf) -> Along | None:
-    """The sequence axis of one node, or Mixes."""
-    if not any(True for _ in _tensors(node)):
+    """The sequence axis of one node; None for a uniform value."""
+    shapes = _shapes(node)
+    if not shapes:
         return None  # a size
+    length = next((source for source in node.all_input_nodes if _is_length(scope, source)), None)
     touched = any(scope.of(source) is not None for source in node.all_input_nodes)
-    grows = any(scope.axes_of(value) for value in _tensors(node)) if touched else _grows(scope, node)
+    grows = any(scope.follows(size) for shape in shapes for size in shape)
+    rule = rule_of(node)
+    varies = f"{op_name(node)} takes the sequence length as a number, which changes with every token"
     if not touched and not grows:
-        if any(_is_length(scope, source) for source in node.all_input_nodes):
-            raise Mixes(f"{op_name(node)} depends on the sequence length, which changes with every token")
+        if length is not None:
+            raise Mixes(varies)
         return None
-    found = _by_rule(scope, node, rule_of)
-    for value in _tensors(node):
-        others = [axis for axis, size in enumerate(value.shape) if scope.follows(dim_key(size)) and axis != found.axis]
-        if others or not scope.follows(dim_key(value.shape[found.axis])):
-            raise Mixes(f"{op_name(node)} gives a value with the sequence on axes {others} beside {found.axis}")
+    try:
+        if rule is None:
+            raise Mixes(f"no rule shows that {op_name(node)} keeps the positions of the sequence apart")
+        if length is not None and not rule.sizes:
+            raise Mixes(varies)
+        found = rule.apply(scope, node)
+    except Mixes:
+        line = _as_line(scope, node, shapes)
+        if line is None:
+            raise
+        found = line
+    _check_axes(scope, node, shapes, found)
     return found
+
+
+def _as_line(scope: Scope, node: fx.Node, shapes: list[tuple[Expr, ...]]) -> Along | None:
+    """A node without tokens whose value is proved to be a line of the position; it is remembered as a source."""
+    if len(shapes) != 1 or any((along := scope.of(s)) and along.tokens for s in node.all_input_nodes):
+        return None
+    axes = [axis for axis, size in enumerate(shapes[0]) if scope.follows(size)]
+    line = scope.line(node, axes[0]) if len(axes) == 1 else None
+    if line is None:
+        return None
+    if line.slope:
+        scope.sources.append(PositionSource(node, line))
+    return Along(axes[0], tokens=False)
+
+
+def _check_axes(scope: Scope, node: fx.Node, shapes: list[tuple[Expr, ...]], found: Along) -> None:
+    """A rule that names an axis which is not the only one that follows the length would be wrong: Mixes."""
+    for shape in shapes:
+        axes = [axis for axis, size in enumerate(shape) if scope.follows(size)]
+        if axes != [found.axis]:
+            raise Mixes(f"{op_name(node)} has the sequence on axes {axes}: pairs of positions, or parts of them")
+
+
+def _shapes(node: fx.Node) -> list[tuple[Expr, ...]]:
+    """Shapes of the tensors that a node gives."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return [tuple(map(dim_key, part.shape)) for part in values if isinstance(part, torch.Tensor)]
+
+
+def _is_length(scope: Scope, source: fx.Node) -> bool:
+    """Is this a number that depends on the sequence length?"""
+    value = source.meta.get("val")
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) and scope.follows(value.node.expr)

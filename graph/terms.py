@@ -321,7 +321,7 @@ def transform(
 
 
 class Sharing:
-    """Makes structurally equal terms one node, so that equal work is done once; the bound axes have to be equal, too."""
+    """Makes structurally equal terms (with equal bound axes) one node, so that equal work is done once."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], Term] = {}

@@ -142,7 +142,8 @@ class OptimizedModule(nn.Module):
 
 @overload
 def optimize(
-    model: nn.Module, example_inputs: tuple[object, ...] | None = ..., *, example_kwargs: Mapping[str, object] | None = ...,
+    model: nn.Module, example_inputs: tuple[object, ...] | None = ..., *,
+    example_kwargs: Mapping[str, object] | None = ...,
     dynamic: bool | Mapping[str, Any] = ..., threads: int | None = ..., guide: str = ..., verify: int = ...,
     strict: bool = ..., options: Options | None = ...,
 ) -> OptimizedModule: ...  # fmt: skip
@@ -150,7 +151,8 @@ def optimize(
 
 @overload
 def optimize(
-    model: None = ..., example_inputs: tuple[object, ...] | None = ..., *, example_kwargs: Mapping[str, object] | None = ...,
+    model: None = ..., example_inputs: tuple[object, ...] | None = ..., *,
+    example_kwargs: Mapping[str, object] | None = ...,
     dynamic: bool | Mapping[str, Any] = ..., threads: int | None = ..., guide: str = ..., verify: int = ...,
     strict: bool = ..., options: Options | None = ...,
 ) -> Callable[[Any], Any]: ...  # fmt: skip
@@ -158,7 +160,8 @@ def optimize(
 
 @overload
 def optimize(
-    model: Callable[..., Any], example_inputs: tuple[object, ...] | None = ..., *, example_kwargs: Mapping[str, object] | None = ...,
+    model: Callable[..., Any], example_inputs: tuple[object, ...] | None = ..., *,
+    example_kwargs: Mapping[str, object] | None = ...,
     dynamic: bool | Mapping[str, Any] = ..., threads: int | None = ..., guide: str = ..., verify: int = ...,
     strict: bool = ..., options: Options | None = ...,
 ) -> Any: ...  # fmt: skip

@@ -135,7 +135,7 @@ def _record(ledger: Ledger, pass_: AnyPass, outcome: PassOutcome, start: float) 
 
 
 def _record_fusion(ledger: Ledger, pass_: AnyPass, outcome: FusionOutcome, start: float) -> None:
-    refused = tuple(_refusal(refusal) for refusal, times in outcome.refused for _ in range(times))
+    refused = tuple(_refusal(refusal, times) for refusal, times in outcome.refused)
     milliseconds = (time.perf_counter() - start) * 1e3
     ledger.passes.append(
         PassRecord(
@@ -147,13 +147,13 @@ def _record_fusion(ledger: Ledger, pass_: AnyPass, outcome: FusionOutcome, start
             True,
             milliseconds,
             modelled_saving_us=outcome.saved,
-        )  # fmt: skip
+        )
     )
 
 
-def _refusal(refusal: Refusal) -> RefusalRecord:
+def _refusal(refusal: Refusal, count: int = 1) -> RefusalRecord:
     where = "" if refusal.node is None else f"{refusal.node.name} ({source_line(refusal.node)})"
-    return RefusalRecord(refusal.reason, where)
+    return RefusalRecord(refusal.reason, where, count)
 
 
 class timed:

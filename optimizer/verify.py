@@ -51,7 +51,7 @@ class CheckReport:
 
 
 class Oracle:
-    """Judges flat outputs of one program at fixed inputs; the eager run in the program's own dtypes is the yardstick."""
+    """Judges flat outputs of one program at fixed inputs; the eager run in its own dtypes is the yardstick."""
 
     def __init__(self, program: Program, inputs: Sequence[object]) -> None:
         self.inputs = tuple(inputs)

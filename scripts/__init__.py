@@ -1,0 +1,1 @@
+"""Scripts that maintain the repository: environment, wheel check, fuzzing, coverage and tour pages."""

@@ -100,11 +100,11 @@ def to_markdown(table: list[Row]) -> str:
     """The page."""
     lines = [
         "# Coverage", "",
-        "Made by `python scripts/make_coverage.py`; do not edit. Every model goes through capture, passes, fusion and",
-        f"the CPU executable, at batch {BATCH} and length {LENGTH} (built-in models: their example), and is compared with",
-        "the float64 run of its captured graph, element by element (`graph/compare.py`).", "",
-        "* **nodes**: operations captured; **groups**: after fusion; **kernels**: distinct ones; **per layer**: launches",
-        "  of the busiest decoder or encoder layer.",
+        "Made by `python scripts/make_coverage.py`; do not edit. Every model goes through capture, passes, fusion",
+        f"and the CPU executable, at batch {BATCH} and length {LENGTH} (built-in models: their example), and is",
+        "compared with the float64 run of its captured graph, element by element (`graph/compare.py`).", "",
+        "* **nodes**: operations captured; **groups**: after fusion; **kernels**: distinct ones; **per layer**:",
+        "  launches of the busiest decoder or encoder layer.",
         "* **bytes / min**: bytes moved over every group input read once and every output written once.",
         "* **eager**: groups that torch runs; **in layers**: those inside layers; **what**: their operations.",
         "* **max error**: the largest error relative to its row's largest magnitude.", "",

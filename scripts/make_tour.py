@@ -21,7 +21,7 @@ from torch import fx, nn
 from torchweld.codegen.cpp import print_kernel as print_cpp
 from torchweld.codegen.formula import formula
 from torchweld.codegen.ir import Kernel
-from torchweld.codegen.lower import Lowerer, LoweredGroup
+from torchweld.codegen.lower import LoweredGroup, Lowerer
 from torchweld.codegen.triton import print_kernel as print_triton
 from torchweld.graph.capture import capture
 from torchweld.graph.groups import Group, GroupGraph
@@ -72,8 +72,9 @@ def pass_rows(passes: tuple[PassRecord, ...]) -> str:
     """The ledger's passes as a table."""
     lines = ["| pass | kind | matched | applied | refused |", "| :-- | :-- | --: | --: | --: |"]
     for record in passes:
+        refused = sum(refusal.count for refusal in record.refused)
         lines.append(
-            f"| {record.name} | {record.exactness} | {record.matched} | {record.applied} | {len(record.refused)} |"
+            f"| {record.name} | {record.exactness} | {record.matched} | {record.applied} | {refused} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -144,7 +145,9 @@ def main() -> int:
     page = make_page()
     if "--check" in sys.argv[1:]:
         same = PAGE.read_text(encoding="utf-8") == page
-        print("docs/tour.md is up to date" if same else "docs/tour.md is stale: run python scripts/make_tour.py")
+        print(
+            "docs/tour.md is up to date" if same else "docs/tour.md is stale: run python scripts/make_tour.py"
+        )
         return 0 if same else 1
     PAGE.write_text(page, encoding="utf-8")
     print(f"wrote {PAGE.name}: {len(page.splitlines())} lines")

@@ -16,6 +16,7 @@ from torchweld.codegen.ir import (
     Store,
     size_symbol,
 )
+from torchweld.graph.index import ZERO, FloorDiv
 from torchweld.graph.terms import (
     Attend,
     Axis,
@@ -31,7 +32,6 @@ from torchweld.graph.terms import (
     cast,
     op,
 )
-from torchweld.graph.index import ZERO, FloorDiv
 
 F32 = torch.float32
 B, S = size_symbol("B"), size_symbol("S")

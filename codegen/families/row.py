@@ -1,6 +1,7 @@
 """Row kernels: pointwise work, gathers, concatenations, reductions, norms and softmax.
 
-formula:  for every point of the grid:  r_i = fold_k f_i(point, k, r_<i);  for inner:  out[point, inner] = g(point, inner, r)
+formula:  for every point of the grid:  r_i = fold_k f_i(point, k, r_<i)
+          for inner:  out[point, inner] = g(point, inner, r)
 shapes:   the grid holds every axis that a reduction depends on; without reductions, all axes but the last
 units:    one float32 element per lane; 16-bit inputs are widened at the load
 """

@@ -194,7 +194,7 @@ class Meaning:
         return self.value(node, reindex_reshape(index, shape, shape_of(node), self.ranges))
 
     def indirect(self, term: Term, extent: Expr) -> Expr:
-        """An index symbol for an integer that is only known when the kernel runs; negative values count from the end."""
+        """An index symbol for an integer known only when the kernel runs; negative ones count from the end."""
         key = (id(term), extent)
         if key not in self._indirect_memo:
             wide = cast(term, torch.int64)

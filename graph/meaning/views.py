@@ -357,19 +357,21 @@ def _view(value: object) -> Rule:
     return Rule("view", value)  # type: ignore[arg-type]
 
 
-VIEWS: dict[object, Rule] = {
-    aten.view.default: _view(_reshape), aten.reshape.default: _view(_reshape), aten._unsafe_view.default: _view(_reshape),
-    aten.flatten.using_ints: _view(_reshape), aten.unflatten.int: _view(_reshape), aten.squeeze.default: _view(_reshape),
-    aten.squeeze.dim: _view(_reshape), aten.squeeze.dims: _view(_reshape), aten.unsqueeze.default: _view(_reshape),
-    aten.view_as.default: _view(_reshape), aten.view.dtype: _view(_same_dtype_view),
-    aten.permute.default: _view(_permute), aten.transpose.int: _view(_permute), aten.t.default: _view(_permute),
-    aten.mT.default: _view(_permute), aten.numpy_T.default: _view(_permute), aten.expand.default: _view(_expand), aten.expand_as.default: _view(_expand),
-    aten.broadcast_to.default: _view(_expand), aten.slice.Tensor: _view(_slice), aten.select.int: _view(_select),
-    aten.narrow.default: _view(_narrow), operator.getitem: _view(_unfolded_pieces),
-    aten.split.Tensor: _view(_pieces_have_no_value), aten.split_with_sizes.default: _view(_pieces_have_no_value),
-    aten.split.sizes: _view(_pieces_have_no_value), aten.chunk.default: _view(_pieces_have_no_value),
-    aten.unbind.int: _view(_pieces_have_no_value),
-}  # fmt: skip
+_BY_MEANING: tuple[tuple[object, tuple[object, ...]], ...] = (
+    (_reshape, (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+                aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+                aten.unsqueeze.default, aten.view_as.default)),
+    (_same_dtype_view, (aten.view.dtype,)),
+    (_permute, (aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default)),
+    (_expand, (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)),
+    (_slice, (aten.slice.Tensor,)),
+    (_select, (aten.select.int,)),
+    (_narrow, (aten.narrow.default,)),
+    (_unfolded_pieces, (operator.getitem,)),
+    (_pieces_have_no_value, (aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default,
+                             aten.unbind.int)),
+)  # fmt: skip
+VIEWS: dict[object, Rule] = {target: _view(value) for value, targets in _BY_MEANING for target in targets}
 
 MOVEMENT: dict[object, Rule] = {
     aten.cat.default: Rule("pointwise", _cat), aten.concat.default: Rule("pointwise", _cat),

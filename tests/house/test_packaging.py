@@ -68,7 +68,7 @@ def test_heavy_packages_are_extras_only() -> None:
 
 
 def test_entry_points() -> None:
-    assert PROJECT["scripts"] == {"torchweld": "torchweld.optimizer.cli:main"}
+    assert PROJECT["scripts"] == {"torchweld": "torchweld.decoding.cli:main"}
     backends = PROJECT["entry-points"]["torch_dynamo_backends"]
     assert backends == {"torchweld": "torchweld.optimizer.dynamo_backend:backend"}
 
