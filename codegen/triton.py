@@ -8,6 +8,7 @@ to be small stays 32 bits wide.
 from __future__ import annotations
 
 import ast
+import builtins
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -96,7 +97,9 @@ def build_triton(kernel: Kernel, shrink: int = 0) -> TritonKernel:
     helpers: dict[str, None] = {}
     names = Names({*_RESERVED, *helper_sources(), *kernel.sizes})
     # `run` has the buffers as parameters: a kernel of the same name would be hidden by them.
-    entry = Names(names.used | {buffer.name for buffer in kernel.buffers}).fresh(kernel.name)
+    # Nor may it hide what the file's other functions call, such as `sum`.
+    hidden = {buffer.name for buffer in kernel.buffers} | set(dir(builtins))
+    entry = Names(names.used | hidden).fresh(kernel.name)
     names.used.add(entry)
     pointers = {b.name: names.fresh(f"{b.name}_ptr") for b in kernel.buffers}
     half = next((d for part in kernel.parts for d in _half_dots(part)), None)

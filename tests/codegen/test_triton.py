@@ -95,3 +95,4 @@ def test_a_kernel_named_like_its_buffer_still_launches() -> None:
     kernel = replace(by_hand.add_relu_broadcast(), name="x")
     printed = build_triton(kernel)
     assert printed.entry != "x" and f"{printed.entry}[(programs,)](x, bias, y" in printed.launcher
+    assert build_triton(replace(kernel, name="sum")).entry != "sum"

@@ -58,7 +58,7 @@ RUNS_EAGERLY = MappingProxyType(
 INTEGER_MATMUL = "matmul of torch.int64"
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool)
 _EXAMINED = 48
-_EVENLY = 5
+_EVENLY = {torch.float32: 5, torch.int64: 2, torch.bfloat16: 1, torch.bool: 1}
 
 
 @functools.cache
@@ -76,8 +76,8 @@ def samples(name: str, dtype: torch.dtype) -> list[Any]:
         return []
     every = [sample for _, sample in zip(range(_EXAMINED), info.sample_inputs("cpu", dtype), strict=False)]
     empty = [s for s in every if any(t.numel() == 0 for t in pytree.tree_leaves(s.input) if isinstance(t, Tensor))]
-    chosen = [*empty[:2], *every[:: max(1, len(every) // _EVENLY)]]
-    return chosen + [sample.noncontiguous() for sample in chosen[:3]]
+    chosen = [*empty[:2], *every[:: -(-len(every) // _EVENLY[dtype]) or 1]]
+    return chosen + [sample.noncontiguous() for sample in chosen[:2] if dtype == torch.float32]
 
 
 def programs(name: str, dtype: torch.dtype) -> Iterator[tuple[Program, list[Tensor]]]:
