@@ -21,7 +21,7 @@ from torchweld.codegen.families.common import (
 )
 from torchweld.codegen.ir import Bind, MatmulPart, Store
 from torchweld.graph.meaning import Unsupported
-from torchweld.graph.terms import Axis, Contract, Fold, Ref, Term, walk
+from torchweld.graph.terms import Axis, Contract, Decode, Fold, Load, Ref, Term, walk
 
 
 def build_matmul_part(
@@ -37,6 +37,7 @@ def build_matmul_part(
     for contract in contracts:
         if any(isinstance(node, Contract) and node is not contract for node in walk(contract)):
             raise Unsupported("a matmul whose operand is a matmul")
+    _refuse_twice(contracts)
     n = axes[-1] if axes else unit
     oriented = [_orient(contract, n, dependence) for contract in contracts]
     batch = _batch_axes(axes, n, oriented, dependence)
@@ -51,6 +52,17 @@ def build_matmul_part(
         refs[id(old)] = Ref(old.dtype, f"{name}_acc{number}")
     new_stores = tuple(Store(s.buffer, s.index, with_references(s.value, refs)) for s in stores)
     return MatmulPart(batch, rows, n, row_binds, tuple(binds), new_stores)
+
+
+def _refuse_twice(contracts: Sequence[Contract]) -> None:
+    """One weight against one left operand is one matmul; a second accumulator of it would do the whole work again."""
+    seen: set[tuple[int, frozenset[str]]] = set()
+    for contract in contracts:
+        weights = frozenset(node.buffer for node in walk(contract.b) if isinstance(node, (Load, Decode)))
+        key = (id(contract.a), weights)
+        if key in seen:
+            raise Unsupported("the result of a matmul is read at two places, so it would be computed twice")
+        seen.add(key)
 
 
 def _orient(contract: Contract, n: Axis, dependence: Dependence) -> Contract:

@@ -7,6 +7,7 @@ judged against eager torch and float64.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any
@@ -44,7 +45,6 @@ NAMES = tuple(
 #: Operations of which some samples have no kernel, and why; an entry that no sample needs any more is an error.
 RUNS_EAGERLY = MappingProxyType(
     {
-        "__getitem__": "boolean mask",
         "cfloat": "values of torch.complex64",
         "gather": "selects from a single number|empty index",
         "index_select": "selects from a single number",
@@ -57,8 +57,8 @@ RUNS_EAGERLY = MappingProxyType(
 )
 INTEGER_MATMUL = "matmul of torch.int64"
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool)
-_EXAMINED = 48
-_EVENLY = {torch.float32: 5, torch.int64: 2, torch.bfloat16: 1, torch.bool: 1}
+_EXAMINED = 40
+_EVENLY = {torch.float32: 4, torch.int64: 2, torch.bfloat16: 1, torch.bool: 1}
 
 
 @functools.cache
@@ -77,7 +77,7 @@ def samples(name: str, dtype: torch.dtype) -> list[Any]:
     every = [sample for _, sample in zip(range(_EXAMINED), info.sample_inputs("cpu", dtype), strict=False)]
     empty = [s for s in every if any(t.numel() == 0 for t in pytree.tree_leaves(s.input) if isinstance(t, Tensor))]
     chosen = [*empty[:2], *every[:: -(-len(every) // _EVENLY[dtype]) or 1]]
-    return chosen + [sample.noncontiguous() for sample in chosen[:2] if dtype == torch.float32]
+    return chosen + [sample.noncontiguous() for sample in chosen[:1] if dtype == torch.float32]
 
 
 def programs(name: str, dtype: torch.dtype) -> Iterator[tuple[Program, list[Tensor]]]:
@@ -123,6 +123,6 @@ def test_every_rule_is_reached() -> None:
     """A rule that neither the samples nor the list of overloads call would be untested."""
     reached: set[object] = set(CALLS)
     for name in NAMES:
-        for program, _ in programs(name, torch.float32):
+        for program, _ in itertools.islice(programs(name, torch.float32), 2):
             reached |= {node.target for node in program.graph.nodes}
     assert {str(target) for target in RULES if target not in reached} == set()

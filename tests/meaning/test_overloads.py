@@ -19,7 +19,6 @@ X = torch.linspace(-3, 3, 24).reshape(2, 3, 4)
 Y = torch.linspace(0.5, 2, 4)
 N = torch.arange(-6, 6).reshape(3, 4)
 B = N > 1
-TRUTH = aten.gt.Scalar
 
 
 def _scalars() -> dict[object, tuple[object, ...]]:
@@ -59,8 +58,9 @@ CALLS: Mapping[object, tuple[object, ...]] = MappingProxyType(
         aten.contiguous.default: (X.mT,),
         aten.alias.default: (X,),
         aten.detach.default: (X,),
+        aten.detach_.default: (X,),
         aten._unsafe_view.default: (X, [4, 6]),
-        aten.view.dtype: (X, torch.float32),
+        aten.view.dtype: (N, torch.int64),
         aten.split.sizes: (X, [1, 2], 1),
         aten.concat.default: ([X, X.flip(0)], -1),
         aten.arange.default: (7,),
