@@ -37,12 +37,12 @@ def build_matmul_part(
     for contract in contracts:
         if any(isinstance(node, Contract) and node is not contract for node in walk(contract)):
             raise Unsupported("a matmul whose operand is a matmul")
-    _refuse_twice(contracts)
     n = axes[-1] if axes else unit
     oriented = [_orient(contract, n, dependence) for contract in contracts]
     batch = _batch_axes(axes, n, oriented, dependence)
     rows = tuple(axis for axis in axes if axis not in batch and axis is not n)
     _check_operands(oriented, batch, rows, n, dependence)
+    _refuse_twice(contracts)
     folds = _row_folds(stores, dependence, batch + rows, contracts)
     row_binds, refs = bind_reductions(folds, {id(fold): f"{name}_row{i}" for i, fold in enumerate(folds)})
     binds = []
