@@ -118,6 +118,8 @@ class _PartRun:
             for axis in bound_axes(term):
                 self.dimension.setdefault(axis.name, len(self.dimension))
         scope = _Scope({axis.name: evaluate(axis.extent, self.sizes) for axis in axes})
+        if 0 in scope.extents.values():
+            return  # no store: what leads to one need not be legal
         for bind in part_binds(self.part):
             self.bound[bind.name] = self.value(bind.term, scope)
         for store in self.part.stores:

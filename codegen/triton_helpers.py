@@ -96,6 +96,8 @@ def power(x, y):
     is_odd = is_whole & (tl.floor(half) != half)
     negative = tl.where(is_whole, tl.where(is_odd, -size, size), float("nan"))
     result = tl.where(x < 0.0, negative, size)
+    if x.dtype.is_int():
+        result = tl.floor(result + 0.5)  # whole powers of whole numbers, a few units of rounding off
     return tl.where(exponent == 0.0, 1.0, result).to(x.dtype)
 
 

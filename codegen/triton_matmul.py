@@ -18,7 +18,7 @@ import torch
 from torchweld.codegen.ir import Bind, MatmulPart, Schedule
 from torchweld.codegen.triton_folds import FoldPrinter
 from torchweld.codegen.triton_frame import Dim, Frame, Group
-from torchweld.codegen.triton_schedule import is_whole_blocks
+from torchweld.codegen.triton_schedule import is_whole_blocks, width
 from torchweld.codegen.triton_store import print_store, tile_group
 from torchweld.codegen.triton_text import Value, is_half
 from torchweld.graph.terms import Axis, Contract, Load, Op, Term
@@ -54,7 +54,7 @@ def print_matmul(printer: FoldPrinter, part: MatmulPart, schedule: Schedule) -> 
 
 def ceil_div(printer: FoldPrinter, axes: Sequence[Axis], block: int) -> Value:
     """Number of blocks over the flattened `axes`."""
-    extent = sympy.prod(axis.extent for axis in axes)
+    extent = width(tuple(axes))
     if extent.is_Integer:
         return Value(str(-(-int(extent) // block)))
     return Value(f"tl.cdiv({printer.index(extent).text}, {block})")

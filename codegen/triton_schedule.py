@@ -85,6 +85,8 @@ def _row_schedule(part: RowPart, shrink: int) -> Schedule:
         return Schedule(block_rows=512 >> shrink, warps=4, stages=1)
     columns = max(blocks)
     rows = max(1, min(16, 1024 // columns) >> shrink)
+    if width(part.grid) == 1:
+        rows = 1  # a tile of rows would store one number from each of them
     warps = min(16, (4 if columns * rows <= 2048 else 8) << (shrink if columns > 512 else 0))
     return Schedule(block_rows=rows, block_n=columns, warps=warps, stages=1)
 

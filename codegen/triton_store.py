@@ -55,8 +55,9 @@ def print_store(printer: FoldPrinter, store: Store) -> None:
     value = printer.term(store.value)
     offset = printer.offset(store.index, buffer.shape)
     conditions, dims = printer.conditions(offset.dims | value.dims, store.index)
-    if dims and not offset.dims:
-        offset = Value(f"{offset.text} + 0 * {printer.tile_index(dims)}", dims)
+    for name in sorted(dims - offset.dims):  # the result of a vector product has no row, say; its mask picks one
+        index = printer.tile_index(frozenset({name}))
+        offset = Value(f"{offset.text} + 0 * {index}", offset.dims | {name})
     at = printer.pointers[store.buffer] + ("" if offset.text == "0" else f" + {offset.text}")
     text = _as_stored(value, store.value.dtype, buffer.dtype)
     mask = f", mask={all_of(conditions)}" if conditions else ""

@@ -268,7 +268,8 @@ class TermPrinter(IndexPrinter):
         spelling = spell(term.name, term.args[0].dtype)
         if spelling.helper is not None:
             self.writer.helpers[spelling.helper] = None
-        if all(a.is_literal for a in args) and not isinstance(term.args[0], IndexValue):
+        is_bare = all(a.is_literal for a in args) or (term.name == "pow" and args[0].is_literal)
+        if is_bare and not isinstance(term.args[0], IndexValue):
             name = carrier_name(term.args[0].dtype)
             args[0] = self.writer.let("constant", Value(f"tl.full([], {args[0].text}, {name})"))
         fields = dict(zip("abc", (a.text for a in args), strict=False))

@@ -267,7 +267,9 @@ def _check_axes(scope: Scope, node: fx.Node, shapes: list[tuple[Expr, ...]], fou
     for shape in shapes:
         axes = [axis for axis, size in enumerate(shape) if scope.follows(size)]
         if axes != [found.axis]:
-            raise Mixes(f"{op_name(node)} has the sequence on axes {axes}: pairs of positions, or parts of them")
+            raise Mixes(
+                f"{op_name(node)} has the sequence on axes {axes}: pairs of positions, or parts of them"
+            )
 
 
 def _shapes(node: fx.Node) -> list[tuple[Expr, ...]]:

@@ -6,6 +6,7 @@ raises Mixes otherwise. Attention is the one op that may look back: it is noted 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any, Final
@@ -16,6 +17,7 @@ from torch import fx
 
 from torchweld.graph.match import argument, aten, rank_of, shape_of
 from torchweld.graph.ops import attention as attention_op
+from torchweld.graph.ops import dequantize as dequantize_op
 from torchweld.graph.ops import rope as rope_op
 from torchweld.graph.program import Program
 from torchweld.graph.rewrite import Refusal
@@ -31,7 +33,8 @@ from torchweld.graph.sequence import (
 )
 
 ATTENTION: Final = torch.ops.torchweld.attention.default
-OPERATOR_FILES: Final = (attention_op.__name__, rope_op.__name__)  # importing them registers the ops
+# Importing these is what registers the ops.
+OPERATOR_FILES: Final = (attention_op.__name__, dequantize_op.__name__, rope_op.__name__)
 
 
 def analyse_sequence(program: Program) -> SequenceAnalysis | Refusal:
@@ -100,11 +103,13 @@ def _index(scope: Scope, node: fx.Node) -> Along:
         raise Mixes(f"{op_name(node)} picks positions of the sequence by index")
     lead = max(rank_of(place) for place in places)
     found = {
-        along.axis + lead - rank_of(place): along for place in places if (along := scope.of(place)) is not None
+        along.axis + lead - rank_of(place): along
+        for place in places
+        if (along := scope.of(place)) is not None
     }
     if len(found) != 1:
         raise Mixes(f"{op_name(node)} pairs every position with every other")
-    (axis, along), = found.items()
+    ((axis, along),) = found.items()
     if len(places) == 1:
         _note_limit(scope, table, places[0], along)
     return Along(axis, along.tokens)
@@ -131,7 +136,9 @@ def _source(scope: Scope, node: fx.Node) -> tuple[fx.Node, Along]:
     """The first operand, which has the sequence; Mixes where another operand has it too."""
     source: Any = node.args[0]
     along = scope.of(source)
-    if along is None or any(scope.of(other) is not None for other in node.all_input_nodes if other is not source):
+    if along is None or any(
+        scope.of(other) is not None for other in node.all_input_nodes if other is not source
+    ):
         raise Mixes(f"{op_name(node)} has weights or bounds that depend on the sequence")
     return source, along
 
@@ -140,6 +147,14 @@ def _linear(scope: Scope, node: fx.Node) -> Along:
     source, along = _source(scope, node)
     if along.axis == rank_of(source) - 1:
         raise Mixes(f"{op_name(node)} sums over the sequence axis: a later token changes earlier outputs")
+    return along
+
+
+def _dequantize(scope: Scope, node: fx.Node) -> Along:
+    """Stored rows [..., bytes] become [..., columns], row by row."""
+    source, along = _source(scope, node)
+    if along.axis == rank_of(source) - 1:
+        raise Mixes(f"{op_name(node)} decodes bytes that follow the sequence")
     return along
 
 
@@ -219,6 +234,11 @@ def _reshape(scope: Scope, node: fx.Node) -> Along:
         if scope.follows(size) and sympy.expand(prod(shape[axis + 1 :]) - stride) == 0:
             return Along(axis, along.tokens)
     raise Mixes(f"{op_name(node)} merges the sequence axis with an axis behind it")
+
+
+def _part(scope: Scope, node: fx.Node) -> Along:
+    """One of several results, such as the values of a topk: all have the sequence on the same axis."""
+    return _source(scope, node)[1]
 
 
 def _permute(scope: Scope, node: fx.Node) -> Along:
@@ -305,9 +325,13 @@ def _check_mask(scope: Scope, node: fx.Node, mask: fx.Node) -> None:
     if along is None:
         return
     if along.tokens:
-        raise Mixes(f"the mask {mask.name} of this attention depends on the tokens; only masks by position have a rule")
+        raise Mixes(
+            f"the mask {mask.name} of this attention depends on the tokens; only masks by position have a rule"
+        )
     if along.axis != rank_of(mask) - 1 or not scope.is_whole(mask, along.axis):
-        raise Mixes(f"the mask {mask.name} of this attention is a tensor that no proof reduces to causal or window")
+        raise Mixes(
+            f"the mask {mask.name} of this attention is a tensor that no proof reduces to causal or window"
+        )
     scope.key_masks[node] = mask
 
 
@@ -347,10 +371,14 @@ RULES: Final[dict[Any, Rule]] = {
     aten.roll.default: Rule(_keeping(2, "dims")),
     aten.sort.default: Rule(_keeping(1, default=-1)),
     aten.topk.default: Rule(_keeping(2, default=-1)),
-    **_named(Rule(_reduction()), "mean", "sum", "amax", "amin", "any", "all", "argmax", "argmin", "logsumexp"),
+    **_named(
+        Rule(_reduction()), "mean", "sum", "amax", "amin", "any", "all", "argmax", "argmin", "logsumexp"
+    ),
+    operator.getitem: Rule(_part),
     aten.max.dim: Rule(_reduction()),
     aten.min.dim: Rule(_reduction()),
     aten.var.correction: Rule(_reduction(keep=3)),
     aten.std.correction: Rule(_reduction(keep=3)),
+    torch.ops.torchweld.dequantize.default: Rule(_dequantize),
     ATTENTION: Rule(_attention),
 }

@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from torchweld.graph.edit import drop_unused_tensors, erase_dead, insert_node
 from torchweld.graph.edit import replace as replace_node
-from torchweld.graph.match import MAX_INDEX, aten, dim_key, dtype_of, is_tensor, tensor_of
+from torchweld.graph.match import MAX_INDEX, aten, dim_key, is_tensor, tensor_of
 from torchweld.graph.program import Program, SizeRange
 from torchweld.graph.rewrite import Exactness, Refusal
 from torchweld.graph.sequence import SequenceAnalysis
@@ -97,7 +97,8 @@ def derive_step(program: Program, logits: LogitsFor = "last") -> StepProgram | R
         copier = _Copier(found, {}, sizes.total, attention)
         attention.update_arg(3, copier.copy(mask))
     _shift_positions(step.graph, found, sizes)
-    _read_pasts(step.graph, found, dict(zip(pairs, pasts[::2], strict=True)), dict(zip(pairs, pasts[1::2], strict=True)))
+    past_of = dict(zip(pairs, zip(pasts[::2], pasts[1::2], strict=True), strict=True))
+    _read_pasts(step.graph, found, past_of)
     rows = [_insert_view(node, ROWS_FIRST, step.graph.output_node()) for pair in pairs for node in pair]
     result = _last_only(step.graph, found, tail, sizes) if logits == "last" else found.logits
     step.graph.output_node().args = ((result, *rows),)
@@ -185,9 +186,7 @@ def _shift_positions(graph: fx.Graph, found: SequenceAnalysis, sizes: _Sizes) ->
         node.args, node.kwargs = (node.args[0], table.axis, start, end), {}
 
 
-def _read_pasts(
-    graph: fx.Graph, found: SequenceAnalysis, keys: Mapping[Pair, fx.Node], values: Mapping[Pair, fx.Node]
-) -> None:
+def _read_pasts(graph: fx.Graph, found: SequenceAnalysis, past_of: Mapping[Pair, Pair]) -> None:
     """Let every attention read the past in front of the new rows; its mask counts positions from the last key."""
     joined: dict[Pair, tuple[fx.Node, ...]] = {}
     for attention in found.attentions:
@@ -196,14 +195,17 @@ def _read_pasts(
         pair: Pair = (key, value)
         if pair not in joined:
             joined[pair] = tuple(
-                insert_node(
-                    graph, attention, aten.cat.default, ([_insert_view(past, HEADS_FIRST, attention), new], 2),
-                    made_by=NAME, like=attention,
-                )
-                for past, new in ((keys[pair], key), (values[pair], value))
-            )  # fmt: skip
+                _insert_joined(graph, attention, past, new)
+                for past, new in zip(past_of[pair], pair, strict=True)
+            )
         for place, node in enumerate(joined[pair], start=1):
             attention.update_arg(place, node)
+
+
+def _insert_joined(graph: fx.Graph, before: fx.Node, past: fx.Node, new: fx.Node) -> fx.Node:
+    """[B, heads, P + T, features]: the past and the new rows."""
+    parts = [_insert_view(past, HEADS_FIRST, before), new]
+    return insert_node(graph, before, aten.cat.default, (parts, 2), made_by=NAME, like=new)
 
 
 def _insert_view(node: fx.Node, order: list[int], before: fx.Node) -> fx.Node:
@@ -216,7 +218,9 @@ def _find_tail(graph: fx.Graph, found: SequenceAnalysis) -> list[fx.Node]:
     needed = _ancestors(found.logits)
     order = [node for node in graph.nodes if node in needed]
     place = {node: number for number, node in enumerate(order)}
-    last_use = {node: max((place[user] for user in node.users if user in place), default=-1) for node in order}
+    last_use = {
+        node: max((place[user] for user in node.users if user in place), default=-1) for node in order
+    }
     start = max(place[attention] for attention in found.attentions)
     reach = max(last_use[node] for node in order[:start] if node in found.along)
     for number in range(start, len(order)):
@@ -262,8 +266,8 @@ def _last_only(graph: fx.Graph, found: SequenceAnalysis, tail: list[fx.Node], si
     start = insert_node(graph, output, operator.sub, (sizes.new, 1), made_by=NAME, like=cut)
     args = (cut, found.along[cut].axis, start, MAX_INDEX)
     last = insert_node(graph, output, aten.slice.Tensor, args, made_by=NAME, like=cut)
-    copier = _Copier(found, {cut: last}, 1, output)
-    return copier.copy(tail[-1])
+    logits: fx.Node = _Copier(found, {cut: last}, 1, output).copy(tail[-1])
+    return logits
 
 
 @dataclass
@@ -296,11 +300,17 @@ def _describe(found: SequenceAnalysis, pair: Pair) -> LayerState:
     readers = [attention for attention in found.attentions if attention.args[1:3] == pair]
     widest = next((reader for reader in readers if reader.args[4] == "causal"), readers[0])
     key, value = (tensor_of(node) for node in pair)
-    kind, window = str(widest.args[4]), int(widest.args[5])  # type: ignore[call-overload]
+    window: Any = widest.args[5]
     return LayerState(
-        widest.name, kind, window, int(key.shape[1]), int(key.shape[3]), int(value.shape[3]), dtype_of(pair[0]),
-        str(widest.meta.get("mask_proof", "")),
-    )  # fmt: skip
+        attention=widest.name,
+        kind=str(widest.args[4]),
+        window=int(window),
+        heads=int(key.shape[1]),
+        key_features=int(key.shape[3]),
+        value_features=int(value.shape[3]),
+        dtype=key.dtype,
+        mask_proof=str(widest.meta.get("mask_proof", "")),
+    )
 
 
 def _with_signature(step: Program, tokens: fx.Node, pasts: list[fx.Node]) -> Program:

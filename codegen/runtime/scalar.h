@@ -119,8 +119,9 @@ template <class T> static inline T tw_pow_int(T base, T exponent) {
     return result;
 }
 template <class T> static inline T tw_sign(T x) { return (T)((x > 0) - (x < 0)); }
-static inline float tw_sign_real(float x) { return x != x ? x : (float)((x > 0) - (x < 0)); }
-static inline double tw_sign_real(double x) { return x != x ? x : (double)((x > 0) - (x < 0)); }
+// As torch: the sign of NaN is 0.
+static inline float tw_sign_real(float x) { return (float)((x > 0) - (x < 0)); }
+static inline double tw_sign_real(double x) { return (double)((x > 0) - (x < 0)); }
 // A float outside an integer's range has no value in C++; it becomes the least integer, as the hardware does it.
 static inline int64_t tw_to_int(double x) {
     return x >= -0x1p63 && x < 0x1p63 ? (int64_t)x : (int64_t)0x8000000000000000ul;

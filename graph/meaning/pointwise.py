@@ -196,16 +196,20 @@ def _logit(x: Term, eps: float | None = None) -> Term:
     return op("log", op("div", x, op("sub", _number(x, 1), x)))
 
 
-def _nan_to_num(
-    x: Term, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
-) -> Term:
-    limits = torch.finfo(x.dtype) if x.dtype.is_floating_point else None
-    if limits is None:
+def _nan_to_num(meaning: Meaning, node: fx.Node, index: Index) -> Term:
+    """Infinities become the ends of the tensor's own dtype, not of the one that it is computed in."""
+    x, dtype = meaning.value(node.args[0], index), tensor_of(node).dtype
+    if not dtype.is_floating_point:
         return x
-    top, bottom = limits.max if posinf is None else posinf, limits.min if neginf is None else neginf
-    x_ = op("where", op("isnan", x), _number(x, 0.0 if nan is None else nan), x)
-    x_ = op("where", op("eq", x, _number(x, math.inf)), _number(x, top), x_)
-    return op("where", op("eq", x, _number(x, -math.inf)), _number(x, bottom), x_)
+    nan, top, bottom = (argument(node, place, name) for place, name in ((1, "nan"), (2, "posinf"), (3, "neginf")))
+    limits = torch.finfo(dtype)
+    result = op("where", op("isnan", x), _filling(x, nan, 0.0), x)
+    result = op("where", op("eq", x, _number(x, math.inf)), _filling(x, top, limits.max), result)
+    return op("where", op("eq", x, _number(x, -math.inf)), _filling(x, bottom, limits.min), result)
+
+
+def _filling(x: Term, given: object, default: float) -> Term:
+    return _number(x, given if isinstance(given, (int, float)) else default)
 
 
 def _copy(meaning: Meaning, node: fx.Node, index: Index) -> Term:
@@ -345,7 +349,7 @@ def _table() -> dict[object, Rule]:
         aten.hardswish.default: elementwise(lambda x: op("mul", x, _hardsigmoid(x)), 1),
         aten.log_sigmoid.default: elementwise(lambda x: op("neg", _softplus(op("neg", x))), 1),
         aten.logit.default: elementwise(_logit, 1, INT_TO_FLOAT, numbers=1),
-        aten.nan_to_num.default: elementwise(_nan_to_num, 1, numbers=3),
+        aten.nan_to_num.default: Rule("pointwise", _nan_to_num),
         aten.addcmul.default: elementwise(_add_product, 3),
         aten.addcdiv.default: elementwise(_add_quotient, 3),
         aten.lerp.Scalar: elementwise(_lerp, 3),

@@ -45,7 +45,7 @@ def test_a_launch_reads_and_writes_values_by_name() -> None:
 def test_constants_are_the_models_tensors() -> None:
     w = numbers(4)
     case = FusionCase(lambda m, x: x * m.w, numbers(3, 4), w=w)
-    assert case.plan().plan.constants["w"].data_ptr() == case.model.w.data_ptr()
+    assert case.plan().plan.constants["w"].data_ptr() == case.model.get_buffer("w").data_ptr()
 
 
 class Scales(nn.Module):
@@ -119,6 +119,17 @@ def test_an_eager_step_takes_sizes_by_name() -> None:
     assert set(eager.arguments) == {"exp", *built.plan.sizes}
     assert [node.op for node in eager.module.graph.nodes][: len(eager.arguments)] == ["placeholder"] * 3
     case.assert_fused_numbers(numbers(3, 1, 4, seed=2))
+
+
+def test_the_arguments_of_an_eager_step_stand_before_its_views() -> None:
+    """fx runs graphs whose placeholders come late; everybody who reads them expects them first."""
+    case = FusionCase(
+        lambda m, x, y: torch.searchsorted(x.abs().reshape(4, 3), y.neg()), numbers(3, 4), numbers(4, 2)
+    )
+    eager = next(step for step in case.plan().plan.steps if isinstance(step, EagerStep))
+    ops = [node.op for node in eager.module.graph.nodes]
+    assert ops == ["placeholder", "placeholder", "call_function", "call_function", "output"]
+    assert eager.arguments == ("abs_1", "neg")
 
 
 def test_all_results_of_an_eager_operation_are_values() -> None:

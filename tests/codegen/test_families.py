@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.passes.fusion_cases import FusionCase, lower, numbers
+from tests.passes.fusion_cases import EAGER_TO_FUSE, FusionCase, lower, numbers
 from torchweld.codegen.ir import AttentionPart, Kernel, MatmulPart, Part, RowPart
 from torchweld.graph.meaning import Unsupported
 from torchweld.graph.ops import attention as _attention_op  # noqa: F401  registers torchweld::attention
@@ -28,7 +28,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 def joined(function: Function, *inputs: Tensor, **weights: Tensor) -> Kernel:
     """The whole function as one kernel, whose numbers are checked."""
-    case = FusionCase(function, *inputs, **weights)
+    case = FusionCase(function, *inputs, target=EAGER_TO_FUSE, dynamic=False, **weights)
     numbers_of_groups = [group.id for group in case.groups.topological()]
     if len(numbers_of_groups) > 1:
         case.groups.contract(numbers_of_groups)
@@ -171,6 +171,11 @@ MATMUL_REFUSALS: dict[str, tuple[str, Function, tuple[Tensor, ...]]] = {
     "columns": (
         "a matmul operand that depends on more than its columns",
         lambda m, x: (y := F.linear(x, m.w)) - y.mean(-1, keepdim=True),
+        (numbers(4, 8),),
+    ),
+    "twice": (
+        "the result of a matmul is read at two places, so it would be computed twice",
+        lambda m, x: (y := F.linear(x, m.w)) + y.flip(1),
         (numbers(4, 8),),
     ),
     "weight": (

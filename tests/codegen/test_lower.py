@@ -353,8 +353,12 @@ def test_layers_that_differ_in_a_number_are_not_equal() -> None:
         (lambda m, x, y: (x.neg().exp(), y.neg().abs()), (numbers(3), numbers(3))),
         (lambda m, x, y: (x.neg().sum(0), y.neg().sum(1)), (numbers(3, 3), numbers(3, 3))),
         (lambda m, x, y: (x.neg().sum(0), y.neg().sum(0, keepdim=True)), (numbers(3, 3), numbers(3, 3))),
+        (
+            lambda m, x, y: (torch.add(x.neg(), 1, alpha=2), torch.add(y.neg(), 1, alpha=3)),
+            (numbers(3), numbers(3)),
+        ),
     ],
-    ids=["shape", "dtype", "operation", "argument", "keyword"],
+    ids=["shape", "dtype", "operation", "argument", "flag", "keyword"],
 )
 def test_what_differs_is_not_lowered_once(function: Any, inputs: tuple[Tensor, ...]) -> None:
     """The readers of neg: their input has one name, and everything else is compared."""
@@ -364,6 +368,13 @@ def test_what_differs_is_not_lowered_once(function: Any, inputs: tuple[Tensor, .
     assert one is not other
 
 
+def test_a_weight_is_not_an_input_of_the_same_name() -> None:
+    """Executables pack weights."""
+    case = FusionCase(lambda m, x: (m.neg.exp(), x.neg().exp()), numbers(3), neg=numbers(3))
+    kernels = [kernel_of(case.groups, case.group_of("exp", n)) for n in range(2)]
+    assert [kernel.buffer("neg").role for kernel in kernels] == ["weight", "input"]
+
+
 def test_equal_readers_of_equal_names_are_lowered_once() -> None:
     case = FusionCase(lambda m, x, y: (x.neg().exp(), y.neg().exp()), numbers(3), numbers(3))
     last = [case.groups.owner[node] for node in case.graph_module.graph.output_node().all_input_nodes]
@@ -371,16 +382,19 @@ def test_equal_readers_of_equal_names_are_lowered_once() -> None:
 
 
 def test_a_value_that_is_read_elsewhere_makes_another_kernel() -> None:
-    """The same operations with one more output."""
-    case = FusionCase(lambda m, x: ((a := x.neg().exp()).abs(), (b := a.neg().exp()).abs(), b), numbers(3))
-    lowerer = Lowerer(2)
-    pairs = [(case.group_of("exp", n), case.group_of("abs", n)) for n in range(2)]
-    joined = [case.groups.joined((exp.id, absolute.id)) for exp, absolute in pairs]
-    results = [lowerer(group) for group in joined]
-    assert all(isinstance(result, LoweredGroup) for result in results)
-    assert len(lowerer.known) == 1, "both store exp and abs"
-    without = case.groups.joined((case.group_of("abs").id,))
-    assert lowerer(without) is not results[0] and len(lowerer.known) == 2
+    """The same operations of inputs of the same name, but one of the groups has one more output."""
+
+    def function(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kept = x.neg().exp()
+        return kept.abs(), y.neg().exp().abs(), kept.sin()
+
+    case = FusionCase(function, numbers(3), numbers(3))
+    pairs = [(case.group_of("exp", n).id, case.group_of("abs", n).id) for n in range(2)]
+    for pair in pairs:
+        case.groups.contract(pair)
+    kernels = [kernel_of(case.groups, case.group_of("exp", n)) for n in range(2)]
+    assert [len(kernel.buffers) for kernel in kernels] == [3, 2]
+    case.assert_fused_numbers()
 
 
 def test_a_refusal_is_remembered_and_names_the_group_it_is_asked_about() -> None:

@@ -92,7 +92,8 @@ class Gated(nn.Module):
 
     def forward(self, m: Any, x: Tensor) -> Tensor:
         n = self.norm(x)
-        return F.silu(self.gate_proj(n)) * self.up_proj(n)
+        result: Tensor = F.silu(self.gate_proj(n)) * self.up_proj(n)
+        return result
 
 
 def name_of(function: Callable[..., Any], *inputs: Tensor, **weights: Tensor) -> str:

@@ -165,3 +165,14 @@ def test_what_drops_or_repeats_elements_is_refused(after: Callable[[Tensor], Ten
         Unsupported, match=rf"^{name}(_\w+)?: the result of linear is read at other places than it is made$"
     ):
         carry_forward(path, (axes[0].symbol, axes[1].symbol), ranges)
+
+
+@pytest.mark.parametrize("other", [(5, 4, 1), (1, 4, 6), (5, 4, 6)])
+def test_a_result_that_is_repeated_by_a_larger_operand_is_refused(other: tuple[int, ...]) -> None:
+    """More dimensions in front are only carried where all of them are 1 and the rest is as it was."""
+    inside, result = graph_of(
+        lambda m, x, y: F.linear(x, m.w) + y, numbers(4, 8), numbers(*other), w=numbers(1, 8)
+    )
+    path = anchor_path(result, inside)
+    with pytest.raises(Unsupported, match="read at other places than it is made"):
+        carry_forward(path, (Integer(0), Integer(0)), Ranges())

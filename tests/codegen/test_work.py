@@ -23,7 +23,8 @@ SIZES = {"B": 2, "S": 3}
 
 def counts(kernel: Kernel, cores: int = CORES) -> tuple[int, int, int, int]:
     work = kernel_work(kernel, cores)
-    return (*(evaluate(e, SIZES) for e in (work.reads, work.writes, work.flops)), work.parts)
+    reads, writes, flops = (evaluate(e, SIZES) for e in (work.reads, work.writes, work.flops))
+    return reads, writes, flops, work.parts
 
 
 def test_pointwise_work() -> None:

@@ -163,3 +163,10 @@ def test_refusals_are_counted_and_keep_the_first_node() -> None:
     assert [(refusal.reason, times) for refusal, times in outcome.refused] == [("wide", 2), ("forbidden", 1)]
     assert outcome.refused[0][0].node is graph.groups[1].nodes[0]
     assert (outcome.matched, outcome.applied) == (3, 0)
+
+
+def test_a_move_that_is_found_twice_is_weighed_once() -> None:
+    graph = stub_graph(CHAIN, lambda g: Refusal("wide") if len(g.nodes) > 1 else one_launch_each(g))
+    outcome = run_fusion(graph, JoinEdges(only=((0, 1), (0, 1))))
+    assert [(refusal.reason, times) for refusal, times in outcome.refused] == [("wide", 1)]
+    assert outcome.matched == 1

@@ -35,7 +35,7 @@ def is_acyclic_quotient(dag: nx.DiGraph, members: set[int]) -> bool:
         ends = "set" if a in members else a, "set" if b in members else b
         if ends[0] != ends[1]:
             quotient.add_edge(*ends)
-    return nx.is_directed_acyclic_graph(quotient)
+    return bool(nx.is_directed_acyclic_graph(quotient))
 
 
 def bits(mask: int) -> set[int]:

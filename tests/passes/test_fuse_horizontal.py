@@ -65,25 +65,29 @@ def test_keeps_the_numbers_at_other_sizes() -> None:
     case.assert_fused_numbers(numbers(3, 1, 8), numbers(3, 4, 8))
 
 
+def three_for_one() -> FusionCase:
+    """Three small groups that one reader waits for."""
+
+    def function(m: Any, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return torch.addcmul(x.exp(), y.neg(), z.sin())
+
+    return FusionCase(function, numbers(4, 4), numbers(4, 4), numbers(4, 4))
+
+
 def test_finds_moves_around_a_new_group() -> None:
-    """Three small groups that one reader waits for end in one launch."""
-    case = FusionCase(
-        lambda m, x, y, z: torch.addcmul(x.exp(), y.neg(), z.sin()),
-        numbers(4, 4),
-        numbers(4, 4),
-        numbers(4, 4),
-    )
-    case.fuse(fuse_horizontal)
-    assert case.ops()[0] == "exp neg sin"
+    case = three_for_one()
+    assert case.fuse(fuse_horizontal).applied == 2
+    assert case.ops() == ["exp neg sin", "addcmul"]
     case.assert_fused_numbers()
 
 
 def test_find_yields_only_moves_of_the_new_group() -> None:
-    case = waited_for_together()
-    norms = [group.id for group in case.groups.topological()[:2]]
-    assert set(fuse_horizontal.find(case.groups, norms[0])) == {tuple(norms)}
-    matmul = case.group_of("matmul").id
-    assert set(fuse_horizontal.find(case.groups, matmul)) == set(), "it has no sibling"
+    case = three_for_one()
+    first, second, third = (case.group_of(op).id for op in ("exp", "neg", "sin"))
+    pairs = {(first, second), (first, third), (second, third)}
+    assert set(fuse_horizontal.find(case.groups)) == pairs
+    assert set(fuse_horizontal.find(case.groups, third)) == pairs - {(first, second)}
+    assert set(fuse_horizontal.find(case.groups, case.group_of("addcmul").id)) == set(), "it has no sibling"
 
 
 def test_refuses_an_eager_member() -> None:

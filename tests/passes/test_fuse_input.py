@@ -91,6 +91,7 @@ def test_refuses_a_cycle() -> None:
     outcome = case.fuse(fuse_input)
     assert reasons(outcome) == {"would make a cycle: another group stands between them": 1}
     assert case.ops() == ["exp", "cumsum", "add"]
+    assert all(refusal.node is not None for refusal, _ in outcome.refused), "refused before it is a candidate"
 
 
 def test_refuses_a_common_weight() -> None:
@@ -111,8 +112,8 @@ def test_joins_readers_of_a_weight_and_a_tensor() -> None:
 
 def test_refuses_a_pair_without_a_kernel() -> None:
     """Two matmuls that follow each other both read x."""
-    weights = dict(w=numbers(8, 8), v=numbers(8, 8, seed=1))
-    case = FusionCase(lambda m, x: F.linear(F.linear(x, m.w) + x, m.v) + x, numbers(8, 8), **weights)
+    w, v = numbers(8, 8), numbers(8, 8, seed=1)
+    case = FusionCase(lambda m, x: F.linear(F.linear(x, m.w) + x, m.v) + x, numbers(8, 8), w=w, v=v)
     case.fuse(fuse_vertical)
     assert case.ops() == ["linear add", "linear add"]
     outcome = case.fuse(fuse_input)

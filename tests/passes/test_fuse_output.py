@@ -101,6 +101,7 @@ def test_refuses_a_cycle() -> None:
     outcome = case.fuse(fuse_output)
     assert reasons(outcome)["would make a cycle: another group stands between them"] == 1
     assert case.ops() == ["exp", "cumsum", "cat"]
+    assert all(refusal.node is not None for refusal, _ in outcome.refused), "refused before it is a candidate"
     case.assert_fused_numbers()
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tests.passes.fusion_cases import NO_RECOMPUTATION, FusionCase, numbers, reasons
 from torchweld.graph.fusion import weigh
+from torchweld.graph.ops import attention as _attention_op  # noqa: F401  registers torchweld::attention
 from torchweld.passes import fuse_vertical
 
 
@@ -102,6 +104,7 @@ def test_refuses_a_cycle() -> None:
     outcome = case.fuse(fuse_vertical)
     assert reasons(outcome)["would make a cycle: another group stands between them"] == 1
     assert case.ops() == ["exp", "cumsum", "add"]
+    assert all(refusal.node is not None for refusal, _ in outcome.refused), "refused before it is a candidate"
     case.assert_fused_numbers()
 
 
@@ -116,11 +119,22 @@ def test_refuses_two_anchors() -> None:
     assert refusal.node is not None and refusal.node.name == "linear_1"
 
 
-def test_refuses_a_concatenation() -> None:
-    case = FusionCase(lambda m, x, y: torch.cat([x.exp(), y], -1), numbers(5, 8), numbers(5, 3))
+def test_an_attention_is_an_anchor() -> None:
+    def project(m: Any, q: Tensor, k: Tensor) -> Tensor:
+        attended: Tensor = torch.ops.torchweld.attention(q, k, k, None, "none", 0, 0.5, 0.0)
+        return F.linear(attended, m.w)
+
+    case = FusionCase(project, numbers(1, 2, 3, 4), numbers(1, 2, 5, 4), w=numbers(6, 4))
+    outcome = case.fuse(fuse_vertical)
+    assert reasons(outcome) == {"two anchors: input or output fusion joins those": 1}
+
+
+@pytest.mark.parametrize("join", [torch.cat, torch.concat, torch.stack])
+def test_refuses_a_concatenation(join: Callable[..., Tensor]) -> None:
+    case = FusionCase(lambda m, x, y: join([x.exp(), y], -1), numbers(5, 8), numbers(5, 8))
     outcome = case.fuse(fuse_vertical)
     assert reasons(outcome) == {"the consumer is a concatenation: output fusion joins its writers": 1}
-    assert case.ops() == ["exp", "cat"]
+    assert len(case.ops()) == 2
 
 
 def test_refuses_a_pair_without_a_kernel() -> None:

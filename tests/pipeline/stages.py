@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +14,10 @@ from tests.generators.graphs import GeneratedCase, set_fake_values
 from torchweld.codegen.build_plan import BuiltPlan, build_plan
 from torchweld.codegen.executable import Executable
 from torchweld.codegen.interpreter import interpret
+from torchweld.codegen.ir import Kernel
 from torchweld.codegen.plan import EagerStep, Launch, Plan, ValueSpec
 from torchweld.codegen.plan_inputs import bind_sizes
+from torchweld.graph.capture import capture
 from torchweld.graph.compare import NonFiniteException, changed_inputs, compare, is_data_movement, snapshot
 from torchweld.graph.float64 import reference_float64, rounding_spread
 from torchweld.graph.groups import GroupGraph
@@ -29,6 +31,9 @@ from torchweld.optimizer.verify import compute_dtype
 EXCEPTIONS = frozenset(NonFiniteException)
 #: A machine on which nearly every fusion pays: memory is slow and launches are dear.
 TARGET = Target("test", 10.0, 100.0, 100.0, 100.0, 20.0, 1 << 20, 0, 2)
+
+
+RunKernel = Callable[[Kernel, Mapping[str, Tensor], Mapping[str, int]], Mapping[str, Tensor]]
 
 
 class StageFailure(AssertionError):
@@ -72,12 +77,18 @@ class Judge:
                 outputs = tuple(run(*self.inputs))
         except Exception as error:
             raise self.failure(name, f"raises {type(error).__name__}: {error}") from error
+        reasons = [f"input {n} was changed" for n in changed_inputs(before, self.inputs)]
+        if reasons:
+            raise self.failure(name, "; ".join(reasons))
+        self.accept(name, outputs)
+
+    def accept(self, name: str, outputs: Sequence[object]) -> None:
+        """StageFailure unless `outputs` are right."""
         reasons = self._compare(outputs, None)
         if reasons:
             # Sampling the rounding costs seven runs: only where the eager run alone is too narrow a yardstick.
             spread = rounding_spread(self.program.graph_module, self.inputs, self.dtype)
             reasons = self._compare(outputs, spread)
-        reasons += tuple(f"input {n} was changed" for n in changed_inputs(before, self.inputs))
         if reasons:
             raise self.failure(name, "; ".join(reasons))
 
@@ -110,15 +121,20 @@ def traced(function: Callable[..., object], inputs: Sequence[Tensor]) -> Program
     return _program(module, inputs)
 
 
+def symbolic_program(case: GeneratedCase) -> Program:
+    """A symbolic case, captured with symbolic batch and sequence sizes."""
+    return capture(case.module, case.inputs, dynamic={spec.name: (0, 1) for spec in case.input_specs}, verify=False)
+
+
 def _program(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:
     results = module.graph.output_node().args[0]
     return Program(module, pytree.tree_structure((tuple(inputs), {})), pytree.tree_structure(results), "random")
 
 
-def compile_stages(program: Program, judge: Judge) -> Stages:
-    """All passes and the plan, judged after the graph passes and after fusion."""
+def compile_stages(program: Program, judge: Judge, skip: frozenset[str] = frozenset()) -> Stages:
+    """All passes but those in `skip`, and the plan; judged after the graph passes and after fusion."""
     hints = size_hints(program, tuple(value for value in judge.inputs if isinstance(value, Tensor)))
-    settings = Settings(TARGET, hints)
+    settings = Settings(TARGET, hints, skip)
     try:
         rewritten = run_graph_passes(program, settings)
         judge.stage("graph passes", rewritten.graph_module)
@@ -152,6 +168,11 @@ def run_executable(built: BuiltPlan, executable: Executable, flat: Sequence[obje
 
 def run_interpreted(built: BuiltPlan, flat: Sequence[object]) -> tuple[object, ...]:
     """The results of a plan whose kernels run in the reference interpreter."""
+    return run_plan(built, flat, interpret)
+
+
+def run_plan(built: BuiltPlan, flat: Sequence[object], run_kernel: RunKernel) -> tuple[object, ...]:
+    """The results of a plan whose kernels `run_kernel` runs: (kernel, tensors by name, sizes) -> outputs by name."""
     plan = built.plan
     tensors = [value for at in built.tensor_inputs if isinstance(value := flat[at], Tensor)]
     sizes = bind_sizes(plan, [tuple(tensor.shape) for tensor in tensors])
@@ -161,18 +182,12 @@ def run_interpreted(built: BuiltPlan, flat: Sequence[object]) -> tuple[object, .
         if isinstance(step, EagerStep):
             arguments = [sizes[name] if name in sizes else values[name] for name in step.arguments]
             values |= dict(zip(step.results, step.module(*arguments), strict=True))
-        else:
-            values |= _interpret_launch(plan, step, values, sizes)
+            continue
+        pairs = list(zip(step.kernel.buffers, step.arguments, strict=True))
+        given = {buffer.name: values[name].contiguous() for buffer, name in pairs if buffer.role != "output"}
+        results = run_kernel(step.kernel, given, sizes)
+        values |= {name: results[buffer.name] for buffer, name in pairs if buffer.role == "output"}
     return results_of(built, [values[name] for name in plan.outputs])
-
-
-def _interpret_launch(
-    plan: Plan, launch: Launch, values: dict[str, Tensor], sizes: dict[str, int]
-) -> dict[str, Tensor]:
-    pairs = list(zip(launch.kernel.buffers, launch.arguments, strict=True))
-    given = {buffer.name: values[name].contiguous() for buffer, name in pairs if buffer.role != "output"}
-    results = interpret(launch.kernel, given, sizes)
-    return {name: results[buffer.name] for buffer, name in pairs if buffer.role == "output"}
 
 
 def merged(plans: Sequence[Plan]) -> Plan:
