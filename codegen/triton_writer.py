@@ -29,12 +29,15 @@ class Writer:
         self.lines.append(text)
 
     def let(self, hint: str, value: Value) -> Value:
-        """A variable that holds `value`; the one that does already, if there is one."""
+        """A variable that holds `value`; the one that does already, if there is one.
+
+        The variable spans the dimensions of `value`: equal text may stand for tiles of other axes, with other masks.
+        """
         if value.text.isidentifier():
             return value
         for scope in reversed(self.known):
             if value.text in scope:
-                return scope[value.text]
+                return Value(scope[value.text].text, value.dims)
         variable = Value(self.names.fresh(hint), value.dims)
         self.line(f"{variable.text} = {value.text}")
         self.known[-1][value.text] = variable

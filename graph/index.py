@@ -173,7 +173,19 @@ def linearize(index: Sequence[Expr], shape: Sequence[Expr]) -> Expr:
     offset: Expr = ZERO
     for i, size in zip(index, shape, strict=True):
         offset = offset * size + i
-    return sympy.expand(offset)
+    return recombine(sympy.expand(offset))
+
+
+def recombine(expr: Expr) -> Expr:
+    """`q * (x // q) + x % q` is `x`: what a split into heads took apart comes together again."""
+    coefficients = expr.as_coefficients_dict()
+    for term, factor in coefficients.items():
+        if isinstance(term, Mod) and term.args[1].is_Integer:
+            whole = FloorDiv(*term.args)
+            if coefficients.get(whole, 0) == factor * term.args[1]:
+                joined = expr - factor * term - factor * term.args[1] * whole + factor * term.args[0]
+                return recombine(sympy.expand(joined))
+    return expr
 
 
 def delinearize(offset: Expr, shape: Sequence[Expr], ranges: Ranges) -> tuple[Expr, ...]:

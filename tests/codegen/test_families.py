@@ -160,7 +160,7 @@ MATMUL_REFUSALS: dict[str, tuple[str, Function, tuple[Tensor, ...]]] = {
     ),
     "both": (
         "a matmul whose two operands both depend on the result's last axis",
-        lambda m, x: F.linear(x, m.w).view(3, 8).relu(),
+        lambda m, x: F.linear(x, m.w).view(3, 8).flip(0),
         (numbers(4, 8),),
     ),
     "rows": (
@@ -256,7 +256,7 @@ ATTENTION_REFUSALS: dict[str, tuple[str, Function, tuple[Tensor, ...]]] = {
     ),
     "query axes": (
         "the query of an attention depend on more than their own axes",
-        lambda m, q, k, v: attend(q, k, v).view(1, 3, 8).relu(),
+        lambda m, q, k, v: attend(q, k, v).view(1, 3, 8).flip(1),
         (),
     ),
     "key axes": (

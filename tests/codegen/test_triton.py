@@ -11,13 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from sympy import Integer
 
 from tests import kernels_by_hand as by_hand
-from torchweld.codegen.ir import Schedule
+from torchweld.codegen.ir import Bind, Buffer, Kernel, RowPart, Schedule, Store
 from torchweld.codegen.triton import build_triton, helper_sources, print_kernel
 from torchweld.codegen.triton_schedule import MAX_SHRINK, gpu_schedule
 from torchweld.codegen.triton_text import FLOAT_SPELLINGS, SPELLINGS
-from torchweld.graph.terms import OPS
+from torchweld.graph.terms import OPS, Axis, Fold, Load, Monoid, Ref, op
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,3 +98,17 @@ def test_a_kernel_named_like_its_buffer_still_launches() -> None:
     printed = build_triton(kernel)
     assert printed.entry != "x" and f"{printed.entry}[(programs,)](x, bias, y" in printed.launcher
     assert build_triton(replace(kernel, name="sum")).entry != "sum"
+
+
+def test_two_axes_of_one_padded_width_keep_their_own_masks() -> None:
+    """A fold over 16 columns and a store of 9 share the text of their column index, not its bounds."""
+    r, k, i = Axis("r", Integer(4)), Axis("k", Integer(16)), Axis("i", Integer(9))
+    total = Fold(torch.float32, Monoid("sum"), (k,), Load(torch.float32, "x", (r.symbol, k.symbol)))
+    value = op("mul", Load(torch.float32, "x", (r.symbol, i.symbol)), Ref(torch.float32, "total"))
+    part = RowPart((r,), (i,), (Bind("total", total),), (Store("y", (r.symbol, i.symbol), value),))
+    buffers = (
+        Buffer("x", torch.float32, (Integer(4), Integer(16)), "input"),
+        Buffer("y", torch.float32, (Integer(4), Integer(9)), "output"),
+    )
+    text = print_kernel(Kernel("scaled_cut", buffers, (), (part,)))
+    assert "< 9" in next(line for line in text.splitlines() if "tl.store" in line)
