@@ -20,6 +20,10 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="At most this many new tokens.")] = 32,
     threads: Threads = None,
     eager: Annotated[bool, typer.Option("--eager", help="Run torch's own kernels instead of ours.")] = False,
+    cache: Annotated[
+        bool | None,
+        typer.Option("--cache/--recompute", help="Decode with the derived KV cache [from 96 tokens on]."),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt as a user's turn (ChatML).")] = False,
 ) -> None:
     """Continue a text greedily with the language model MODEL."""
@@ -27,7 +31,7 @@ def generate(
     from torchweld.decoding.complete import complete
     from torchweld.optimizer.commands.subject import Wish
 
-    complete(model, Wish(threads=threads), prompt, tokens, eager=eager, chat=chat)
+    complete(model, Wish(threads=threads), prompt, tokens, eager=eager, chat=chat, cache=cache)
 
 
 def main() -> int:

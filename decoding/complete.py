@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
 import torch
 from torch import Tensor
 
+from torchweld.decoding.cached import CachedModel, NotDecodable, generate_cached
 from torchweld.decoding.greedy import DecodingError, LogitsModel, generate
 from torchweld.models.errors import ModelFileError
 from torchweld.models.load import LoadedModel
 from torchweld.models.tokenizer import Tokenizer
 from torchweld.optimizer.commands.baseline import decoded_model
-from torchweld.optimizer.commands.subject import Wish, compile_subject, load_subject
+from torchweld.optimizer.commands.subject import Subject, Wish, capture_subject, compile_subject, load_subject
 
 _CHAT = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -36,21 +37,42 @@ class Completion:
         return len(self.tokens) / self.seconds if self.seconds else 0.0
 
 
-def complete(spec: str, wish: Wish, prompt: str, tokens: int, *, eager: bool, chat: bool) -> None:
+LONG_TEXT = 96
+"""New tokens from which deriving and compiling a step pays against recomputing with a stored plan."""
+
+
+def complete(
+    spec: str, wish: Wish, prompt: str, tokens: int, *, eager: bool, chat: bool, cache: bool | None = None
+) -> None:
     """Load MODEL, optimize it unless `eager`, and print its completion of `prompt` as it comes.
 
+    cache: decode with the derived KV cache, or recompute every position; None lets the number of tokens decide.
+    Where no cache can be derived, the reason goes to stderr and every position is recomputed.
     Raises ModelFileError for a model that is no language model or has no tokenizer.
     """
     subject = load_subject(spec, wish)
     tokenizer = language_tokenizer(subject.loaded, spec)
-    model: Callable[[Tensor], object] = (
-        decoded_model(subject.loaded.module) if eager else compile_subject(subject, wish)
-    )
+    model: LogitsModel | CachedModel | None = None
+    if eager:
+        model = logits_of(decoded_model(subject.loaded.module))
+    elif cache or (cache is None and tokens >= LONG_TEXT):
+        model = _cached_model(subject, wish)
+    if model is None:
+        model = logits_of(compile_subject(subject, wish))
     text = _CHAT.format(prompt=prompt) if chat else prompt
-    done = complete_text(logits_of(model), tokenizer, text, tokens, on_text=_writer(sys.stdout))
+    done = complete_text(model, tokenizer, text, tokens, on_text=_writer(sys.stdout))
+    how = "with the derived cache" if isinstance(model, CachedModel) else "by recomputation"
     print()
-    rate = f"{len(done.tokens)} tokens, {done.tokens_per_second:.1f} tokens/s by recomputation"
-    print(rate, file=sys.stderr)
+    print(f"{len(done.tokens)} tokens, {done.tokens_per_second:.1f} tokens/s {how}", file=sys.stderr)
+
+
+def _cached_model(subject: Subject, wish: Wish) -> CachedModel | None:
+    """The model with a derived cache; None, with the reason on stderr, where none can be derived."""
+    try:
+        return CachedModel(capture_subject(subject), options=wish.options())
+    except NotDecodable as reason:
+        print(f"{reason}; recomputing every position", file=sys.stderr)
+        return None
 
 
 def logits_of(model: Callable[[Tensor], object]) -> LogitsModel:
@@ -77,7 +99,7 @@ def language_tokenizer(loaded: LoadedModel, spec: str) -> Tokenizer:
 
 
 def complete_text(
-    model: LogitsModel,
+    model: LogitsModel | CachedModel,
     tokenizer: Tokenizer,
     prompt: str,
     tokens: int,
@@ -97,7 +119,7 @@ def complete_text(
     start = time.perf_counter()
     new: list[int] = []
     text = ""
-    for token in generate(model, _row(ids), tokens, tokenizer.eos):
+    for token in _stream(model, _row(ids), tokens, tokenizer.eos):
         new.append(token)
         longer = tokenizer.decode(new)
         # A character of several tokens decodes to U+FFFD until its last token is there.
@@ -107,6 +129,14 @@ def complete_text(
         if time.perf_counter() - start > seconds:
             break
     return Completion(tuple(new), tokenizer.decode(new), time.perf_counter() - start)
+
+
+def _stream(
+    model: LogitsModel | CachedModel, ids: Tensor, tokens: int, eos: Collection[int]
+) -> Iterator[int]:
+    if isinstance(model, CachedModel):
+        return generate_cached(model, ids, tokens, eos)
+    return generate(model, ids, tokens, eos)
 
 
 def _row(ids: list[int]) -> Tensor:
