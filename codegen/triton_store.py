@@ -55,7 +55,8 @@ def print_store(printer: FoldPrinter, store: Store) -> None:
     value = printer.term(store.value)
     offset = printer.offset(store.index, buffer.shape)
     conditions, dims = printer.conditions(offset.dims | value.dims, store.index)
-    for name in sorted(dims - offset.dims):  # the result of a vector product has no row, say; its mask picks one
+    # The result of a vector product has no row, say: every row points to it, and the mask picks one.
+    for name in sorted(dims - offset.dims):
         index = printer.tile_index(frozenset({name}))
         offset = Value(f"{offset.text} + 0 * {index}", offset.dims | {name})
     at = printer.pointers[store.buffer] + ("" if offset.text == "0" else f" + {offset.text}")

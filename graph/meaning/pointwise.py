@@ -201,7 +201,9 @@ def _nan_to_num(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     x, dtype = meaning.value(node.args[0], index), tensor_of(node).dtype
     if not dtype.is_floating_point:
         return x
-    nan, top, bottom = (argument(node, place, name) for place, name in ((1, "nan"), (2, "posinf"), (3, "neginf")))
+    nan, top, bottom = (
+        argument(node, place, name) for place, name in ((1, "nan"), (2, "posinf"), (3, "neginf"))
+    )
     limits = torch.finfo(dtype)
     result = op("where", op("isnan", x), _filling(x, nan, 0.0), x)
     result = op("where", op("eq", x, _number(x, math.inf)), _filling(x, top, limits.max), result)

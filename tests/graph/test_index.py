@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 import pytest
@@ -42,7 +42,7 @@ def reshapes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
     def grouped() -> tuple[int, ...]:
         cuts = sorted(draw(st.lists(st.integers(0, len(factors)), max_size=3)))
         bounds = [0, *cuts, len(factors)]
-        return tuple(prod(factors[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+        return tuple(prod(factors[a:b]) for a, b in pairwise(bounds))
 
     return grouped(), grouped()
 
@@ -51,7 +51,9 @@ def reshapes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def test_reshape_reads_the_element_that_torch_reads(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     old, new = shapes
     axes, ranges = _axes(new)
-    index = reindex_reshape([a.symbol for a in axes], list(map(Integer, new)), list(map(Integer, old)), ranges)
+    index = reindex_reshape(
+        [a.symbol for a in axes], list(map(Integer, new)), list(map(Integer, old)), ranges
+    )
     numbers = torch.arange(prod(old)).reshape(old)
     wanted = numbers.reshape(new)
     for point in product(*(range(extent) for extent in new)):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tests.meaning.single_operations import run_unfused
 from tests.pipeline.stages import traced
-from torchweld.graph.meaning import RULES
 
 aten = torch.ops.aten
 own = torch.ops.torchweld
@@ -31,7 +30,16 @@ def _scalars() -> dict[object, tuple[object, ...]]:
             table[getattr(getattr(aten, f"{prefix}{name}"), overload)] = (N, other)
         table[getattr(aten, f"__{name}__").Tensor] = (B, B.flip(1))
         table[getattr(aten, f"__{name}__").Scalar] = (N, 5)
-    for packet in (aten.add, aten.sub, aten.mul, aten.div, aten.true_divide, aten.remainder, aten.fmod, aten.rsub):
+    for packet in (
+        aten.add,
+        aten.sub,
+        aten.mul,
+        aten.div,
+        aten.true_divide,
+        aten.remainder,
+        aten.fmod,
+        aten.rsub,
+    ):
         table[packet.Scalar] = (X, 1.5)
     return table
 

@@ -20,7 +20,9 @@ def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _heads(batch: int, heads: int, tokens: int, width: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def _heads(
+    batch: int, heads: int, tokens: int, width: int, seed: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     return _random(batch, heads, tokens, width, seed=seed, dtype=dtype)
 
 
@@ -57,7 +59,10 @@ SIZES: Mapping[str, Case] = {
         lambda q, k: own.attention(q, k, k, None, "none", 0, 0.5, 0.0),
         (_heads(1, 2, 3, 4, 1), _heads(1, 2, 0, 4, 2)),
     ),
-    "single numbers": (lambda x: (x.sum(), x.softmax(0), x.mean(0), x * x, x.reshape(1, 1)), (torch.tensor(2.5),)),
+    "single numbers": (
+        lambda x: (x.sum(), x.softmax(0), x.mean(0), x * x, x.reshape(1, 1)),
+        (torch.tensor(2.5),),
+    ),
     "places in a single number": (lambda x: (x.argmax(), x.max(0)[1], x.amax()), (torch.tensor(2.5),)),
     "linear of a vector": (lambda x, w: F.linear(x, w).exp(), (VECTOR, X)),
     "dot product": (lambda a, b: torch.dot(a, b) + 1, (VECTOR, VECTOR)),
@@ -79,10 +84,16 @@ INTEGERS: Mapping[str, Case] = {
     "integer power": (lambda a: (a**2, a**3, a**4, aten.pow.Scalar(2, a.abs())), (WHOLE,)),
     "true division of integers": (lambda a, b: (a / b, a / 2), (WHOLE, SMALL)),
     "bitwise": (lambda a, b: (a & b, a | b, a ^ b, ~a), (WHOLE, SMALL)),
-    "logic on numbers": (lambda a, b: (torch.logical_and(a, b), torch.logical_xor(a > 0, b)), (WHOLE, X[0, 0])),
+    "logic on numbers": (
+        lambda a, b: (torch.logical_and(a, b), torch.logical_xor(a > 0, b)),
+        (WHOLE, X[0, 0]),
+    ),
     "float to integer truncates": (lambda x: (x * 3).to(torch.int32), (X,)),
     "integer to truth": (lambda x: (x.to(torch.bool), ~(x.to(torch.bool))), (WHOLE,)),
-    "argmax takes the first of equals": (lambda x: (x.argmax(1), x.argmin(1), x.argmax()), (torch.ones(3, 4),)),
+    "argmax takes the first of equals": (
+        lambda x: (x.argmax(1), x.argmin(1), x.argmax()),
+        (torch.ones(3, 4),),
+    ),
     "whole extremes": (lambda x: (x.amax(), x.amin(0), x.max(), x.min()), (WHOLE,)),
     "truth extremes": (lambda x: ((x > 0).amax(1), (x > 0).amin(1), (x > 0).max()), (X,)),
 }
@@ -92,7 +103,10 @@ PROMOTION: Mapping[str, Case] = {
     "narrow and wide floats": (lambda a, b: (a + b, a * 2), (X.bfloat16(), X)),
     "both sixteen-bit floats": (lambda a, b: a * b, (X.bfloat16(), X.half())),
     "a single wide number does not promote": (lambda a, b: (a + b, b * a), (X.bfloat16(), torch.tensor(0.3))),
-    "a single wide number with integers": (lambda a, b: a + b, (WHOLE, torch.tensor(0.3, dtype=torch.float64))),
+    "a single wide number with integers": (
+        lambda a, b: a + b,
+        (WHOLE, torch.tensor(0.3, dtype=torch.float64)),
+    ),
     "truth times number": (lambda a: (a > 0) * a + (a > 0), (X,)),
     "truth and integer": (lambda a, b: (b + (b > 1)) * (b > 0), (X, WHOLE)),
     "narrowing cast rounds": (lambda x: x.to(torch.bfloat16).float() - x, (X,)),
@@ -113,15 +127,24 @@ SPECIALS: Mapping[str, Case] = {
     "places with NaN": (lambda x: (x.argmax(1), x.argmin(1), x.max(1)[1], x.min(1)[1]), (SPECIAL,)),
     "clamp keeps NaN": (lambda x: (x.clamp(-1, 1), torch.relu(x), F.hardtanh(x)), (SPECIAL,)),
     "comparisons with NaN": (lambda x: (x > 0, x == x, x != x, x <= INF), (SPECIAL,)),
-    "activations at infinity": (lambda x: (F.silu(x), F.gelu(x), x.tanh(), x.sigmoid(), x.exp()), (SPECIAL[2:],)),
-    "softmax with infinity": (lambda x: (x.softmax(1), x.log_softmax(1), x.logsumexp(1)), (SPECIAL[2:] * -INF,)),
+    "activations at infinity": (
+        lambda x: (F.silu(x), F.gelu(x), x.tanh(), x.sigmoid(), x.exp()),
+        (SPECIAL[2:],),
+    ),
+    "softmax with infinity": (
+        lambda x: (x.softmax(1), x.log_softmax(1), x.logsumexp(1)),
+        (SPECIAL[2:] * -INF,),
+    ),
     "sign and rounding": (lambda x: (x.sign(), x.round(), x.floor(), x.trunc(), x.ceil()), (SPECIAL,)),
     "half rounds to even": (lambda x: x.round(), (torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5]),)),
     "nan_to_num": (lambda x: (torch.nan_to_num(x), torch.nan_to_num(x, 1.0, 2.0, 3.0)), (SPECIAL,)),
     "nan_to_num of halves": (lambda x: torch.nan_to_num(x), (SPECIAL.half(),)),
     "softplus and friends": (lambda x: (F.softplus(x), F.logsigmoid(x), F.elu(x), F.mish(x)), (X * 30,)),
     "masked fill with infinity": (lambda x: x.masked_fill(x > 0, -INF).softmax(-1), (X,)),
-    "truth of special values": (lambda x: (x.to(torch.bool), torch.logical_not(x), x.isnan(), x.isinf()), (SPECIAL,)),
+    "truth of special values": (
+        lambda x: (x.to(torch.bool), torch.logical_not(x), x.isnan(), x.isinf()),
+        (SPECIAL,),
+    ),
     "norms of special values": (lambda x: (F.layer_norm(x, (5,)), F.rms_norm(x, (5,))), (SPECIAL,)),
 }
 
@@ -140,7 +163,10 @@ MOVEMENT: Mapping[str, Case] = {
     "expand": (lambda x: (x.unsqueeze(1).expand(3, 2, 5) + 1, x[:, :1].expand(-1, 4) * 2), (X,)),
     "squeeze": (lambda x: (x[:1].squeeze() + 1, x[:1].squeeze(1) * 2, x.unsqueeze(-1).squeeze(-1)), (X,)),
     "reshape over a transpose": (lambda x: (x.t().reshape(3, 5) + 1, x.transpose(0, 1).flatten() * 2), (X,)),
-    "reshape splits and joins": (lambda x: (x.reshape(4, 6) + 1, x.permute(2, 0, 1).reshape(8, 3).exp()), (CUBE,)),
+    "reshape splits and joins": (
+        lambda x: (x.reshape(4, 6) + 1, x.permute(2, 0, 1).reshape(8, 3).exp()),
+        (CUBE,),
+    ),
     "triangles": (lambda x: (x.tril(), x.triu(1), x.tril(-1), x.triu(-2)), (X,)),
     "pad and cut": (lambda x: (F.pad(x, (2, -1)), F.pad(x, (-1, 1, 0, 2), value=3.0) + 1), (X,)),
     "index by one tensor": (lambda x, i: (x[i] + 1, x[:, i] * 2), (X, IDS)),
@@ -149,13 +175,23 @@ MOVEMENT: Mapping[str, Case] = {
     "index that broadcasts": (lambda x, i: x[:, i[:, None], i] * 2, (CUBE, torch.tensor([0, 2]))),
     "index by an input": (lambda x, i: x.index_select(1, i[0]) + x.gather(1, i.abs()).sum(), (X, IDS % 3)),
     "gathered then summed": (lambda w, i: F.embedding(i, w).sum(1), (X, IDS % 3)),
-    "two gathers in one sum": (lambda w, v, i: F.embedding(i, w) + F.embedding(i + 1, v), (X, X * 2, IDS % 2)),
-    "rows of a stored weight": (lambda b, i: own.dequantize(F.embedding(i, b), "Q8_0", 32) + 1, (BYTES, IDS % 3)),
+    "two gathers in one sum": (
+        lambda w, v, i: F.embedding(i, w) + F.embedding(i + 1, v),
+        (X, X * 2, IDS % 2),
+    ),
+    "one gather in two results": (lambda w, i: (F.embedding(i, w) * 2, F.embedding(i, w) + 1), (X, IDS % 3)),
+    "rows of a stored weight": (
+        lambda b, i: own.dequantize(F.embedding(i, b), "Q8_0", 32) + 1,
+        (BYTES, IDS % 3),
+    ),
     "stored weight in a matmul": (
         lambda b, x: F.linear(x, own.dequantize(b, "Q8_0", 32)) + 1,
         (BYTES, _random(2, 32)),
     ),
-    "arange and full": (lambda x: (x + torch.arange(5), x * torch.full((3, 1), 2.0), torch.arange(1, 9, 3)), (X,)),
+    "arange and full": (
+        lambda x: (x + torch.arange(5), x * torch.full((3, 1), 2.0), torch.arange(1, 9, 3)),
+        (X,),
+    ),
     "linspace by floats": (lambda x: x + torch.arange(0.0, 1.0, 0.2), (X,)),
 }
 
@@ -173,12 +209,18 @@ RESULTS: Mapping[str, Case] = {
     "one input twice": (lambda x, y: (x * y, x + y), (X, X)),
     "expanded input": (lambda x: x * 2 + x.sum(), (VECTOR.expand(3, 5),)),
     "an operation without a kernel in between": (lambda x: torch.cumsum(x.exp(), 1) * 2, (X,)),
-    "a view of an operation without a kernel": (lambda x: (torch.cumsum(x, 1).t() + 1, x.cumsum(0)[1:]), (X,)),
+    "a view of an operation without a kernel": (
+        lambda x: (torch.cumsum(x, 1).t() + 1, x.cumsum(0)[1:]),
+        (X,),
+    ),
     "several results without a kernel": (lambda x: (x.sort(1)[0] * 2, x.topk(2)[1]), (X,)),
 }
 
 REDUCTIONS: Mapping[str, Case] = {
-    "several dimensions": (lambda x: (x.sum((0, 2)), x.mean((0, 1), True), x.amax((1, 2)), x.var((0, 2))), (CUBE,)),
+    "several dimensions": (
+        lambda x: (x.sum((0, 2)), x.mean((0, 1), True), x.amax((1, 2)), x.var((0, 2))),
+        (CUBE,),
+    ),
     "negative dimensions": (lambda x: (x.sum(-2), x.softmax(-3), x.argmax(-2, True), x.std(-1)), (CUBE,)),
     "all of them": (lambda x: (x.sum(), x.mean(), x.std(), x.amax(), x.argmax()), (CUBE,)),
     "softmax over the first": (lambda x: x.softmax(0) + x.log_softmax(1), (CUBE,)),
@@ -199,7 +241,10 @@ REDUCTIONS: Mapping[str, Case] = {
     "matmul into a reduction": (lambda x, w: F.linear(x, w).sum(0), (X, X)),
     "matmul of a transposed result": (lambda x, w: (x @ w.t()).t() @ x, (X, X)),
     "batched matmul that broadcasts": (lambda a, b: a @ b, (CUBE[:, None], _random(4, 4, 2))),
-    "addmm with numbers": (lambda c, a, b: aten.addmm.default(c, a, b.t(), beta=0.5, alpha=2), (X[:, :3], X, X)),
+    "addmm with numbers": (
+        lambda c, a, b: aten.addmm.default(c, a, b.t(), beta=0.5, alpha=2),
+        (X[:, :3], X, X),
+    ),
 }
 
 
@@ -229,7 +274,10 @@ ATTENTION: Mapping[str, Case] = {
         lambda q, k, v, m: own.attention(q, k, v, torch.where(m, 0.0, -INF), "none", 0, 0.3, 0.0),
         (*_attention(), BLIND),
     ),
-    "sixteen bits": (lambda q, k, v: own.attention(q, k, v, None, "causal", 0, 0.3, 0.0), _attention(torch.bfloat16)),
+    "sixteen bits": (
+        lambda q, k, v: own.attention(q, k, v, None, "causal", 0, 0.3, 0.0),
+        _attention(torch.bfloat16),
+    ),
     "scaled in torch's words": (
         lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m, scale=0.2),
         (*_attention(heads=4), BLIND),

@@ -60,7 +60,9 @@ class Stages:
 class Judge:
     """Judges the outputs of stages of one program at fixed inputs."""
 
-    def __init__(self, program: Program, inputs: Sequence[object], label: str, code: Callable[[], str]) -> None:
+    def __init__(
+        self, program: Program, inputs: Sequence[object], label: str, code: Callable[[], str]
+    ) -> None:
         self.program, self.inputs, self.label, self.code = program.copied(), tuple(inputs), label, code
         module = self.program.graph_module
         self.reference = reference_float64(module, self.inputs)
@@ -123,12 +125,16 @@ def traced(function: Callable[..., object], inputs: Sequence[Tensor]) -> Program
 
 def symbolic_program(case: GeneratedCase) -> Program:
     """A symbolic case, captured with symbolic batch and sequence sizes."""
-    return capture(case.module, case.inputs, dynamic={spec.name: (0, 1) for spec in case.input_specs}, verify=False)
+    return capture(
+        case.module, case.inputs, dynamic={spec.name: (0, 1) for spec in case.input_specs}, verify=False
+    )
 
 
 def _program(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:
     results = module.graph.output_node().args[0]
-    return Program(module, pytree.tree_structure((tuple(inputs), {})), pytree.tree_structure(results), "random")
+    return Program(
+        module, pytree.tree_structure((tuple(inputs), {})), pytree.tree_structure(results), "random"
+    )
 
 
 def compile_stages(program: Program, judge: Judge, skip: frozenset[str] = frozenset()) -> Stages:

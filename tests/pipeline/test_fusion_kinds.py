@@ -21,10 +21,20 @@ PROGRAMS: dict[str, tuple[str, Callable[..., object], tuple[Tensor, ...], int]] 
     "norm into a linear": ("fuse_vertical", lambda x, w: F.linear(F.rms_norm(x, (16,)), w), (X, W), 1),
     "activation after a linear": ("fuse_vertical", lambda x, w: F.gelu(F.linear(x, w)), (X, W), 1),
     "residual after a linear": ("fuse_vertical", lambda x, w: x + F.linear(x, w[:16]).tanh(), (X, W), 1),
-    "two linears of one input": ("fuse_input", lambda x, w, v: (F.linear(x, w), F.linear(x, v)), (X, W, V), 1),
+    "two linears of one input": (
+        "fuse_input",
+        lambda x, w, v: (F.linear(x, w), F.linear(x, v)),
+        (X, W, V),
+        1,
+    ),
     "gate and up": ("fuse_input", lambda x, w, v: F.silu(F.linear(x, w)) * F.linear(x, v), (X, W, V), 1),
     "statistics of one tensor": ("fuse_input", lambda x: (x.sum(1), x.amax(1), (x * x).sum(1)), (X,), 1),
-    "sum of two linears": ("fuse_output", lambda x, y, w, v: F.linear(x, w) + F.linear(y, v), (X, X + 1, W, V), 1),
+    "sum of two linears": (
+        "fuse_output",
+        lambda x, y, w, v: F.linear(x, w) + F.linear(y, v),
+        (X, X + 1, W, V),
+        1,
+    ),
     "concatenation of linears": (
         "fuse_output",
         lambda x, y, w, v: torch.cat((F.linear(x, w), F.linear(y, v)), 1),
@@ -33,7 +43,9 @@ PROGRAMS: dict[str, tuple[str, Callable[..., object], tuple[Tensor, ...], int]] 
     ),
     "work on keys and on values": (
         "fuse_horizontal",
-        lambda x, w, v: F.scaled_dot_product_attention(x[None, None], w[None, None].exp(), v[None, None].cos()),
+        lambda x, w, v: F.scaled_dot_product_attention(
+            x[None, None], w[None, None].exp(), v[None, None].cos()
+        ),
         (X, W, V),
         2,
     ),

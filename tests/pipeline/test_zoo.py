@@ -47,7 +47,9 @@ def test_every_stage_is_within_the_tolerance_of_float64(name: str) -> None:
     program, flat = _program(name)
     result = check_program(program, flat)
     assert result.ok, [stage for stage in result.stages if not stage.ok]
-    assert {"captured", "recognize_attention", "fuse_vertical", "executable"} <= {s.name for s in result.stages}
+    assert {"captured", "recognize_attention", "fuse_vertical", "executable"} <= {
+        s.name for s in result.stages
+    }
 
 
 def test_a_wrong_executable_is_caught() -> None:
@@ -55,6 +57,8 @@ def test_a_wrong_executable_is_caught() -> None:
     compiled = compile_program(program, options=Options(), example_inputs=flat)
 
     def scaled(*inputs: object) -> tuple[object, ...]:
-        return tuple(value * 1.001 if isinstance(value, torch.Tensor) else value for value in compiled(*inputs))
+        return tuple(
+            value * 1.001 if isinstance(value, torch.Tensor) else value for value in compiled(*inputs)
+        )
 
     assert not Oracle(program, flat).stage("scaled", scaled).ok

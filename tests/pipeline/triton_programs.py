@@ -35,7 +35,9 @@ class TritonRunner:
         self.modules: dict[int, ModuleType] = {}
         self.kept: list[Kernel] = []
 
-    def __call__(self, kernel: Kernel, buffers: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    def __call__(
+        self, kernel: Kernel, buffers: Mapping[str, Tensor], sizes: Mapping[str, int]
+    ) -> dict[str, Tensor]:
         module = self.modules.get(id(kernel)) or self.load(kernel)
         inputs = [buffers[buffer.name] for buffer in kernel.buffers if buffer.role != "output"]
         outputs = [buffer.name for buffer in kernel.buffers if buffer.role == "output"]
