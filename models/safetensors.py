@@ -90,7 +90,9 @@ def _shards(folder: Path) -> list[Path]:
     name = "model.safetensors.index.json"
     if not (folder / name).is_file():
         raise ModelFileError(
-            folder, f"holds neither model.safetensors nor {name}", "safetensors weights",
+            folder,
+            f"holds neither model.safetensors nor {name}",
+            "safetensors weights",
             "pickled weights (.bin, .pt) are not loaded: convert them with save_pretrained",
         )
     index = read_config(folder, name)

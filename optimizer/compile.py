@@ -88,7 +88,9 @@ class Compiled:
     def fused(self) -> GroupGraph:
         """The group graph; RuntimeError after a warm start."""
         if self.groups is None:
-            raise RuntimeError(f"{self.program.name} came from the cache, without its groups: use Options(warm=False)")
+            raise RuntimeError(
+                f"{self.program.name} came from the cache, without its groups: use Options(warm=False)"
+            )
         return self.groups
 
     def __call__(self, *flat_inputs: object) -> tuple[object, ...]:

@@ -113,7 +113,9 @@ def _refuse_wide_rows(contracts: Sequence[Contract], rows: Sequence[Axis], depen
     for contract in contracts:
         loads = [node for node in walk(contract.a) if isinstance(node, (Load, Decode))]
         if len({load.buffer for load in loads if dependence.of(load) & own}) > 1:
-            raise Unsupported("statistics of rows that are made of several tensors, again for every tile of columns")
+            raise Unsupported(
+                "statistics of rows that are made of several tensors, again for every tile of columns"
+            )
 
 
 def _row_folds(

@@ -1,4 +1,5 @@
 """Stored weight formats: layout and decode, one file per family."""
+
 from __future__ import annotations
 
 import difflib

@@ -1,4 +1,5 @@
 """What a stored weight format is: a name, a block layout in bytes, and its decode in plain torch."""
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod

@@ -1,4 +1,5 @@
 """Dense formats: F32, F16 and BF16, one value per "block"; decoding widens, exactly."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

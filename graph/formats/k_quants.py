@@ -4,6 +4,7 @@ Formula: Q4_K and Q5_K hold 8 groups of 32, value = (d * sc) * q - (dmin * m), s
 Q6_K holds 16 groups of 16, value = (d * sc) * (q - 32), sc int8.
 Source: ggml-quants.c (dequantize_row_q*_K); every bit checked against gguf.quants in tests/formats.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ Formula: value = d * q (symmetric) or d * q + m (with a minimum). Nibbles: byte 
 half) and value i + 16 (high half); a fifth bit, where there is one, is bit i of a little-endian uint32.
 Source: ggml-quants.c (dequantize_row_*); every bit checked against gguf.quants in tests/formats.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

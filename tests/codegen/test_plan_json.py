@@ -87,7 +87,8 @@ def distinct_terms(kernel: Kernel) -> int:
 
 
 def test_every_term_has_a_form() -> None:
-    assert set(Term.__subclasses__()) <= set(SHARED)
+    ours = {kind for kind in Term.__subclasses__() if kind.__module__ == Term.__module__}
+    assert ours <= set(SHARED)
 
 
 def round_trip(value: Any, kind: Any) -> Any:

@@ -404,7 +404,9 @@ def test_four_processes_one_cold_key(tmp_path: Path) -> None:
 
 
 KILLED = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may inherit it ignored
 from pathlib import Path
 from torchweld.codegen.cache import Cache
 from torchweld.codegen.toolchain import Compiler, compile_shared

@@ -1,4 +1,5 @@
 """Every stored format decodes to the bits that gguf.quants gives, for every layout of the input."""
+
 from __future__ import annotations
 
 import gguf
@@ -20,7 +21,7 @@ def random_rows(fmt: StoredFormat, rows: int, blocks: int, seed: int) -> torch.T
     data = rng.integers(0, 256, (rows, blocks, fmt.block_bytes), dtype=np.uint8)
     for at in fmt.scales:
         scale = rng.normal(0, 1, (rows, blocks, 1)).astype(np.float16)
-        data[..., at:at + 2] = scale.view(np.uint8)
+        data[..., at : at + 2] = scale.view(np.uint8)
     if isinstance(fmt, DenseFormat):
         values = torch.from_numpy(rng.normal(0, 3, (rows, blocks))).to(fmt.dtype)
         data = values.unsqueeze(-1).view(torch.uint8).numpy()
@@ -90,7 +91,7 @@ def test_finite_finds_one_bad_scale(name: str) -> None:
     assert fmt.finite(data)
     for at in fmt.scales or (0,):
         bad = data.clone()
-        bad[3, -fmt.block_bytes + at:][:fmt.block_bytes] = 0xFF
+        bad[3, -fmt.block_bytes + at :][: fmt.block_bytes] = 0xFF
         assert not fmt.finite(bad)
 
 

@@ -253,7 +253,7 @@ def test_mutation(changes: list[tuple[int, int]], tmp_path: Path) -> None:
 )
 def test_large_numbers_everywhere(at: int, value: int, tmp_path: Path) -> None:
     data = bytearray(GOOD.build())
-    data[at:at + 8] = struct.pack("<Q", value)
+    data[at : at + 8] = struct.pack("<Q", value)
     check_parse_or_error(tmp_path / "large.gguf", bytes(data))
 
 

@@ -67,7 +67,9 @@ def test_skipped_passes_and_fuel_leave_a_right_program(program: Program) -> None
     assert len(without.report.launches) > len(full.report.launches)
 
 
-def test_stage_dump_is_runnable_python(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_dump_is_runnable_python(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCHWELD_DUMP", str(tmp_path / "stages"))
     compile_program(program, options=Options(), example_inputs=[X])
     files = sorted((tmp_path / "stages").glob("*.py"))
@@ -146,6 +148,11 @@ def test_check_program_has_a_stage_per_pass_that_changed_something(program: Prog
 
 def test_layer_number_is_the_first_number_of_a_dotted_name() -> None:
     graph = torch.fx.Graph()
-    names = {"layers.3.attn.q_proj.weight": 3, "h.0.mlp.2.weight": 0, "lm_head.weight": None, "w2.weight": None}
+    names = {
+        "layers.3.attn.q_proj.weight": 3,
+        "h.0.mlp.2.weight": 0,
+        "lm_head.weight": None,
+        "w2.weight": None,
+    }
     for name, expected in names.items():
         assert layer_number(graph.get_attr(name)) == expected

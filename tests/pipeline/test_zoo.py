@@ -9,6 +9,7 @@ import torch
 
 from tests.zoo import ZOO
 from torchweld.graph.capture import capture
+from torchweld.graph.program import Program
 from torchweld.optimizer.compile import Options, compile_program
 from torchweld.optimizer.verify import Oracle, check_program
 
@@ -16,7 +17,7 @@ NO_FALLBACK_IN_LAYERS = tuple(ZOO)[:16]
 CHECKED_AFTER_EVERY_PASS = ("llama", "gemma3_text", "bert", "gpt2")
 
 
-def _program(name: str, length: int = 9):
+def _program(name: str, length: int = 9) -> tuple[Program, list[object]]:
     entry = ZOO[name]
     kwargs = entry.inputs(2, length)
     program = capture(entry.make(), (), kwargs, verify=False)
