@@ -219,13 +219,16 @@ def layer_number(weight: fx.Node) -> int | None:
 
 
 def group_layers(groups: GroupGraph) -> dict[int, int | None]:
-    """The layer of every group: that of its weights; without weights, the latest of what it reads."""
+    """The layer of every group: that of the first weight that it reads; without weights, the latest of what it reads.
+
+    A kernel that reaches into the next layer (a norm after the residual, and the norm in front of the next block)
+    belongs to the layer in which it begins; one that begins with the embedding belongs to none.
+    """
     layers: dict[int, int | None] = {}
     for group in groups.topological():
         weights = [node for node in group.inputs if node.op == "get_attr"]
-        numbers = [n for n in map(layer_number, weights) if n is not None]
         if weights:
-            layers[group.id] = min(numbers) if numbers else None
+            layers[group.id] = layer_number(weights[0])
             continue
         before = [layers[parent] for parent in groups.dag.predecessors(group.id)]
         layers[group.id] = max((n for n in before if n is not None), default=None)

@@ -1,6 +1,6 @@
 """Write docs/coverage.md: every model that we try, through the whole pipeline, against float64.
 
-    python scripts/make_coverage.py [NAME ...]
+    python -m scripts.make_coverage [NAME ...]
 
 Rows are the built-in models with real weights (those whose packages are installed) and the small Hugging Face
 architectures of tests/zoo.py with random weights.  Exits with 1 if any row is beyond the tolerance table.
@@ -100,7 +100,7 @@ def to_markdown(table: list[Row]) -> str:
     """The page."""
     lines = [
         "# Coverage", "",
-        "Made by `python scripts/make_coverage.py`; do not edit. Every model goes through capture, passes, fusion",
+        "Made by `python -m scripts.make_coverage`; do not edit. Every model goes through capture, passes, fusion",
         f"and the CPU executable, at batch {BATCH} and length {LENGTH} (built-in models: their example), and is",
         "compared with the float64 run of its captured graph, element by element (`graph/compare.py`).", "",
         "* **nodes**: operations captured; **groups**: after fusion; **kernels**: distinct ones; **per layer**:",

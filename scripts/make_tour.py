@@ -1,7 +1,7 @@
 """Write docs/tour.md: one decoder layer of SmolLM2 from its source through every stage to its kernels.
 
-    python scripts/make_tour.py            # writes docs/tour.md
-    python scripts/make_tour.py --check    # exits with 1 if the page is not what the code does today
+    python -m scripts.make_tour            # writes docs/tour.md
+    python -m scripts.make_tour --check    # exits with 1 if the page is not what the code does today
 
 Everything on the page is taken from the pipeline while it runs.  The model is SmolLM2 cut to two layers, the cost model
 has fixed ceilings, so that the page is the same on every machine.
@@ -117,7 +117,7 @@ def make_page() -> str:
     check = Oracle(captured, captured.flatten_inputs((IDS,), {})).stage("executable", compiled)
     parts = [
         "# Tour: one decoder layer, from source to kernels\n",
-        "Made by `python scripts/make_tour.py` from a real compilation; do not edit. The model is SmolLM2-135M, cut to",
+        "Made by `python -m scripts.make_tour` from a real compilation; do not edit. The model is SmolLM2-135M, cut to",
         f"two layers; layer {LAYER} is followed. Batch and sequence length are symbols.\n",
         "## 1. What the user wrote\n", code(inspect.getsource(source.forward), "python"),
         f"## 2. Captured: {len(before)} operations\n",
@@ -146,7 +146,7 @@ def main() -> int:
     if "--check" in sys.argv[1:]:
         same = PAGE.read_text(encoding="utf-8") == page
         print(
-            "docs/tour.md is up to date" if same else "docs/tour.md is stale: run python scripts/make_tour.py"
+            "docs/tour.md is up to date" if same else "docs/tour.md is stale: run python -m scripts.make_tour"
         )
         return 0 if same else 1
     PAGE.write_text(page, encoding="utf-8")

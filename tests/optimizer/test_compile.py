@@ -117,7 +117,7 @@ def test_gate_takes_a_slower_executable_back(program: Program) -> None:
 
 def test_gate_stops_early_when_the_executable_is_clearly_faster() -> None:
     calls = []
-    verdict = measure(lambda: None, lambda: calls.append(time.sleep(0.01)))
+    verdict = measure(lambda: None, lambda: calls.append(time.sleep(0.06)))
     assert verdict.keep and len(calls) == 1
 
 
