@@ -246,6 +246,10 @@ def run(application: typer.Typer, arguments: Sequence[str]) -> int:
     command = typer.main.get_command(application)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        if os.environ.get("TORCHWELD_CACHE_DIR") and not {"doctor", "cache"} & set(arguments[:1]):
+            # Whoever names a cache folder wants that one: a folder that cannot be used is bad input (exit code 2),
+            # not a reason to go on without. With the default folder we go on, and so does the library.
+            warnings.filterwarnings("error", message="the kernel cache (is not used|in .* cannot be written)")
         try:
             result = command.main(args=list(arguments), prog_name="torchweld", standalone_mode=False)
             sys.stdout.flush()

@@ -304,3 +304,14 @@ def test_reader_that_goes_away_leaves_no_traceback() -> None:
         )
     assert done.stderr == ""
     assert done.returncode == 1
+
+
+def test_a_named_cache_folder_that_cannot_be_used_is_bad_input(
+    torchweld: Runner, models: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHWELD_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    done = torchweld("explain", f"{models}:tiny")
+    assert done.code == 2 and "the kernel cache is not used" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert torchweld("doctor").code == 0
