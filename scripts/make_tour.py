@@ -104,7 +104,7 @@ def smallest(kernels: list[Kernel]) -> Kernel:
 def make_page() -> str:
     """The page as the code is today."""
     model = two_layers()
-    source = type(model.layers[0])  # type: ignore[index]
+    layer = next(module for name, module in model.named_modules() if name == f"layers.{LAYER}")
     captured = capture(model, (IDS,))
     before = layer_nodes(captured)
     recognized = run_graph_passes(captured, Settings(TARGET, {}))
@@ -119,7 +119,7 @@ def make_page() -> str:
         "# Tour: one decoder layer, from source to kernels\n",
         "Made by `python -m scripts.make_tour` from a real compilation; do not edit. The model is SmolLM2-135M, cut to",
         f"two layers; layer {LAYER} is followed. Batch and sequence length are symbols.\n",
-        "## 1. What the user wrote\n", code(inspect.getsource(source.forward), "python"),
+        "## 1. What the user wrote\n", code(inspect.getsource(type(layer).forward), "python"),
         f"## 2. Captured: {len(before)} operations\n",
         "Functional ATen with composites kept; every operation knows its source line. Weights stay in their stored",
         "format: decoding them, like a view, is free and belongs to whoever reads them, so neither is listed.\n",

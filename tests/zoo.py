@@ -126,7 +126,8 @@ def _t5_encoder(attention: str) -> nn.Module:
         feed_forward_proj="gated-gelu",
     )
     config._attn_implementation = attention
-    return hf.T5EncoderModel(config)
+    model: nn.Module = hf.T5EncoderModel(config)
+    return model
 
 
 def _whisper_encoder(attention: str) -> nn.Module:
@@ -148,7 +149,8 @@ def _whisper_encoder(attention: str) -> nn.Module:
         decoder_start_token_id=1,
     )
     config._attn_implementation = attention
-    return hf.WhisperModel(config).get_encoder()
+    model: nn.Module = hf.WhisperModel(config).get_encoder()
+    return model
 
 
 _GPT2 = {
