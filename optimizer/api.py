@@ -21,10 +21,12 @@ from torchweld.graph.capture import capture
 from torchweld.graph.capture_errors import CaptureError
 from torchweld.graph.program import Program
 from torchweld.optimizer.compile import Compiled, Options, compile_program
+from torchweld.optimizer.environment import read_environment
 from torchweld.optimizer.gate import keep_if_faster
+from torchweld.optimizer.pipeline import pass_names
 from torchweld.optimizer.profile import kernel_timer
 from torchweld.optimizer.report import Report
-from torchweld.optimizer.verify import add_error
+from torchweld.optimizer.verify import compile_and_compare
 from torchweld.optimizer.warm import find_warm_start
 
 MAX_PROGRAMS = 8
@@ -69,19 +71,19 @@ class Optimized:
 
     def _compile(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Compiled:
         # A comparison with float64 needs the captured program, which a warm start does not have.
-        warm = None if self.verify else find_warm_start(self.model, args, kwargs, self.options, self.dynamic)
+        level = max(self.verify, read_environment(pass_names()).verify)
+        warm = None if level else find_warm_start(self.model, args, kwargs, self.options, self.dynamic)
         if warm is not None and (known := warm.restore()) is not None:
             return known
         program = capture(self.model, args, kwargs, dynamic=self.dynamic)
-        flat = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-        measure = kernel_timer(program, flat, self.options) if self.options.guide == "measure" else None
+        flat = program.flatten_inputs(args, kwargs)
+        tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
+        measure = kernel_timer(program, tensors, self.options) if self.options.guide == "measure" else None
         with warm.reads if warm is not None else nullcontext():
-            compiled = compile_program(
-                program, options=self.options, example_inputs=flat, name=_name(self.model), measure=measure
+            compiled, _ = compile_and_compare(
+                program, flat, level=level, options=self.options, name=_name(self.model), measure=measure
             )
-        keep_if_faster(compiled, program, program.flatten_inputs(args, kwargs))
-        if self.verify:
-            add_error(compiled, program, program.flatten_inputs(args, kwargs))
+        keep_if_faster(compiled, program, flat)
         if warm is not None:
             warm.store(compiled)
         return compiled
@@ -180,7 +182,7 @@ def optimize(
     example_inputs, example_kwargs: inputs to capture with; without them the first call's are used.
     dynamic: True makes batch and sequence sizes symbolic; {input name: dimensions} chooses; False fixes all sizes.
     threads: of the executable (default: torch's).  guide: "model" or "measure".
-    verify: 1 compares with float64 once and puts the error into the report.
+    verify: 1 compares with float64 once and puts the error into the report, 2 does so for every pass as well.
     strict: raise instead of running eagerly where the model cannot be compiled.
     options: everything at once, instead of threads, guide and strict.
 

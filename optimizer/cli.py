@@ -114,7 +114,7 @@ def explain_(
     from torchweld.optimizer.commands.subject import Wish, explain_subject, load_subject
 
     check_name("guide", guide, ("model", "measure"), "--guide")
-    wish = Wish(batch, seq, threads, guide, int(check), profile=profile)
+    wish = Wish(batch, seq, threads, guide, 2 * int(check), profile=profile)  # 2: every pass as well
     job = explain_subject(load_subject(model, wish), wish)
     print_report(job.report, make_console(), as_json=json, as_markdown=markdown)
     if not is_right(job):

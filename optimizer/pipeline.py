@@ -92,7 +92,7 @@ def fuse(program: Program, settings: Settings) -> GroupGraph:
         start = time.perf_counter()
         outcome = run_fusion(groups, pass_, fuel=settings.fuel, measure=settings.measure)
         settings.burn(outcome.applied)
-        _record_fusion(settings.ledger, pass_, outcome, start)
+        _record_fusion(settings.ledger, pass_, outcome, start, settings.measure is not None)
         if settings.after_pass is not None and outcome.applied:
             settings.after_pass(str(pass_.NAME), fused_module(groups, group_names(groups)))
     return groups
@@ -134,7 +134,9 @@ def _record(ledger: Ledger, pass_: AnyPass, outcome: PassOutcome, start: float) 
     )
 
 
-def _record_fusion(ledger: Ledger, pass_: AnyPass, outcome: FusionOutcome, start: float) -> None:
+def _record_fusion(
+    ledger: Ledger, pass_: AnyPass, outcome: FusionOutcome, start: float, is_measured: bool
+) -> None:
     refused = tuple(_refusal(refusal, times) for refusal, times in outcome.refused)
     milliseconds = (time.perf_counter() - start) * 1e3
     ledger.passes.append(
@@ -146,7 +148,8 @@ def _record_fusion(ledger: Ledger, pass_: AnyPass, outcome: FusionOutcome, start
             outcome.applied,
             True,
             milliseconds,
-            modelled_saving_us=outcome.saved,
+            modelled_saving_us=0.0 if is_measured else outcome.saved,
+            measured_saving_us=outcome.saved if is_measured else None,
         )
     )
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+import torch.utils._pytree as pytree
 from sympy import Symbol
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from torchweld.codegen.cache import Cache
 from torchweld.codegen.executable import BuildError, Executable
@@ -23,7 +26,7 @@ from torchweld.codegen.plan import Launch, Plan, ValueSpec
 from torchweld.graph.fusion import Measure
 from torchweld.graph.groups import GroupGraph, Lowered
 from torchweld.graph.index import evaluate
-from torchweld.graph.program import Program
+from torchweld.graph.program import Program, source_line
 from torchweld.optimizer.compile import Compiled, Options
 from torchweld.optimizer.pipeline import size_hints
 
@@ -67,6 +70,66 @@ def profile(compiled: Compiled) -> Profile:
     correlation = rank_correlation([r.modelled_us for r in rows], [r.measured_us for r in rows])
     compiled.report = replace(compiled.report, launches=records, rank_correlation=correlation)
     return Profile(tuple(rows), correlation)
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One operation of a graph as torch runs it: median microseconds, bytes read and written, operations."""
+
+    name: str
+    op: str
+    microseconds: float
+    nbytes: int
+    flops: int
+    source: str
+
+
+def profile_nodes(
+    graph_module: fx.GraphModule, inputs: Sequence[object], runs: int = 3
+) -> tuple[NodeRow, ...]:
+    """Time every operation of a runnable graph at the sizes of `inputs` (flat), in graph order.
+
+    Operations are those of torch's flop counter (matmuls, attention); one per element of the result for all others.
+    """
+    timer = _NodeTimer(graph_module)
+    with torch.no_grad():
+        for _ in range(max(1, runs)):
+            timer.run(*inputs)
+    return tuple(
+        NodeRow(
+            node.name, str(node.target), statistics.median(timer.seconds[node]) * 1e6, *timer.work[node],
+            source_line(node),
+        )
+        for node in timer.seconds
+    )  # fmt: skip
+
+
+class _NodeTimer(fx.Interpreter):
+    """Runs a graph node by node and keeps every call's seconds, bytes and operations."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.seconds: dict[fx.Node, list[float]] = {}
+        self.work: dict[fx.Node, tuple[int, int]] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        """Time one node; placeholders, weights and the output cost nothing."""
+        if n.op not in ("call_function", "call_module"):
+            return super().run_node(n)
+        first = n not in self.seconds
+        counter = FlopCounterMode(display=False) if first else nullcontext()
+        with counter:
+            start = time.perf_counter()
+            result = super().run_node(n)
+            seconds = time.perf_counter() - start
+        self.seconds.setdefault(n, []).append(seconds)
+        if isinstance(counter, FlopCounterMode):
+            read = [self.env[operand] for operand in n.all_input_nodes]
+            tensors = [t for t in pytree.tree_leaves((read, result)) if isinstance(t, Tensor)]
+            made = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+            flops = counter.get_total_flops() or sum(t.numel() for t in made)
+            self.work[n] = (sum(t.nbytes for t in tensors), flops)
+        return result
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:

@@ -18,8 +18,10 @@ from torchweld.graph.compare import (
     reference_float64,
     snapshot,
 )
+from torchweld.graph.fusion import Measure
 from torchweld.graph.program import Program
 from torchweld.optimizer.compile import Compiled, Options, compile_program
+from torchweld.optimizer.ledger import PassRecord
 
 WRITTEN_EXCEPTIONS = frozenset(NonFiniteException)
 
@@ -85,6 +87,32 @@ class Oracle:
         )
 
 
+class PassErrors:
+    """Listens to the pipeline (`Options.after_pass`) and keeps what every pass added to the largest relative error."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        self._oracle = oracle
+        self._last = oracle.stage("captured", lambda *_: oracle.eager).max_relative_error
+        self.added: list[tuple[str, float]] = []
+
+    def __call__(self, name: str, module: fx.GraphModule) -> None:
+        """Judge the graph after a pass."""
+        error = self._oracle.stage(name, lambda *flat: tuple(module(*flat))).max_relative_error
+        self.added.append((name, error - self._last))
+        self._last = error
+
+    def written_into(self, passes: Sequence[PassRecord]) -> tuple[PassRecord, ...]:
+        """The records with `error_added`: 0 for a pass that changed nothing."""
+        pending = list(self.added)
+        result = []
+        for record in passes:
+            added = 0.0
+            if record.applied and pending and pending[0][0] == record.name:
+                added = pending.pop(0)[1]
+            result.append(replace(record, error_added=added))
+        return tuple(result)
+
+
 def compute_dtype(program: Program) -> torch.dtype:
     """The coarsest floating dtype that a program computes in."""
     order = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -109,11 +137,29 @@ def check_program(
     return CheckReport(tuple(stages), all(stage.ok for stage in stages), compiled.executable is not None)
 
 
-def add_error(compiled: Compiled, program: Program, inputs: Sequence[object]) -> StageCheck:
-    """Compare a compiled program with float64 once and put the error into its report.
+def compile_and_compare(
+    program: Program,
+    inputs: Sequence[object],
+    *,
+    level: int,
+    options: Options,
+    name: str | None = None,
+    measure: Measure | None = None,
+) -> tuple[Compiled, StageCheck | None]:
+    """Compile `program` and put errors against float64 into the report, as TORCHWELD_VERIFY counts its levels.
 
-    program: the captured program before any pass.
+    inputs: flat.  level: 0 compares nothing, 1 the executable, 2 every pass that changes something as well.
     """
-    result = Oracle(program, inputs).stage("executable", compiled)
-    compiled.report = replace(compiled.report, max_relative_error=result.max_relative_error)
-    return result
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    if level == 0:
+        return compile_program(
+            program, options=options, example_inputs=tensors, name=name, measure=measure
+        ), None
+    oracle = Oracle(program, inputs)
+    errors = PassErrors(oracle) if level > 1 else None
+    chosen = replace(options, after_pass=errors) if errors is not None else options
+    compiled = compile_program(program, options=chosen, example_inputs=tensors, name=name, measure=measure)
+    check = oracle.stage("executable", compiled)
+    passes = compiled.report.passes if errors is None else errors.written_into(compiled.report.passes)
+    compiled.report = replace(compiled.report, passes=passes, max_relative_error=check.max_relative_error)
+    return compiled, check

@@ -15,7 +15,7 @@ from torchweld.graph.program import Program
 from torchweld.models.errors import ModelFileError
 from torchweld.models.load import LoadedModel, load_model
 from torchweld.optimizer.api import optimize
-from torchweld.optimizer.compile import Compiled, Options, compile_program
+from torchweld.optimizer.compile import Compiled, Options
 from torchweld.optimizer.environment import read_environment
 from torchweld.optimizer.gate import keep_if_faster
 from torchweld.optimizer.ledger import Phase
@@ -23,7 +23,7 @@ from torchweld.optimizer.pipeline import pass_names
 from torchweld.optimizer.profile import kernel_timer, profile
 from torchweld.optimizer.progress import show_phase
 from torchweld.optimizer.report import Report
-from torchweld.optimizer.verify import StageCheck, add_error
+from torchweld.optimizer.verify import StageCheck, compile_and_compare
 
 DEFAULT_BATCH = 1
 DEFAULT_SEQUENCE = 64
@@ -172,15 +172,12 @@ def explain_subject(subject: Subject, wish: Wish, *, gate: bool = True) -> Job:
     flat = program.flatten_inputs(subject.inputs, {})
     options = wish.options()
     measure = kernel_timer(program, subject.inputs, options) if wish.guide == "measure" else None
-    with subject.phase("compile"):
-        compiled = compile_program(program, options=options, example_inputs=subject.inputs, measure=measure)
+    level = max(wish.verify, environment.verify)
+    with subject.phase("compile and compare with float64" if level else "compile"):
+        compiled, verdict = compile_and_compare(program, flat, level=level, options=options, measure=measure)
     if gate:
         with subject.phase("compare with eager"):
             keep_if_faster(compiled, program, flat)
-    verdict = None
-    if max(wish.verify, environment.verify):
-        with subject.phase("compare with float64"):
-            verdict = add_error(compiled, program, flat)
     if wish.profile:
         with subject.phase("time kernels of"):
             profile(compiled)

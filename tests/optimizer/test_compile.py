@@ -13,10 +13,11 @@ from torch import nn
 from torchweld.codegen.executable import BuildError
 from torchweld.graph.capture import capture
 from torchweld.graph.program import Program
+from torchweld.optimizer.api import optimize
 from torchweld.optimizer.compile import Options, compile_program, layer_number
 from torchweld.optimizer.gate import NAME, keep_if_faster, measure
 from torchweld.optimizer.pipeline import pass_names, size_hints
-from torchweld.optimizer.profile import profile, rank_correlation
+from torchweld.optimizer.profile import profile, profile_nodes, rank_correlation
 from torchweld.optimizer.verify import Oracle, check_program
 
 X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
@@ -127,6 +128,23 @@ def test_profile_times_every_kernel(program: Program) -> None:
     assert {row.kernel for row in result.rows} == {kernel.name for kernel in compiled.report.kernels}
     assert all(0 < row.measured_us < 1e6 for row in result.rows)
     assert all(launch.measured_us is not None for launch in compiled.report.launches)
+
+
+def test_profile_of_nodes_counts_bytes_and_operations(program: Program) -> None:
+    rows = {row.op: row for row in profile_nodes(program.graph_module, [X])}
+    linear = rows["aten.linear.default"]
+    assert linear.flops == 2 * 2 * 6 * 32 * 16
+    assert linear.nbytes == 4 * (2 * 6 * 32 + 32 * 16 + 16 + 2 * 6 * 16)
+    assert rows["aten.silu.default"].flops == 2 * 6 * 32
+    assert all(row.microseconds > 0 and "test_compile.py" in row.source for row in rows.values())
+
+
+def test_environment_asks_for_the_error_of_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHWELD_VERIFY", "2")
+    report = optimize(Layers().eval(), (X,)).report
+    assert report.max_relative_error is not None
+    fusions = [record for record in report.passes if record.name.startswith("fuse_")]
+    assert fusions and all(record.error_added is not None for record in fusions)
 
 
 @pytest.mark.parametrize(
