@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from tests.passes.support import Case, aten, draw, reasons
 from torchweld.graph.rewrite import run_pass
 from torchweld.passes import CANONICALIZE, RECOGNIZE, recognize_attention
+from torchweld.passes.match_attention import Attention
 
 ATTENTION = torch.ops.torchweld.attention.default
 PASSES = (*CANONICALIZE, recognize_attention)
@@ -251,6 +254,17 @@ def test_refuses_values_of_another_dtype() -> None:
     assert reasons(run_pass(case.graph_module, recognize_attention)) == [
         "the result has another dtype than the values"
     ]
+
+
+def test_refuses_sizes_that_no_node_gives() -> None:
+    """The rewrite would have to write them into a reshape: two sizes that stand in no input cannot be written."""
+    case = Case(lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v), *qkv())
+    (site,) = recognize_attention.find(case.graph_module)
+    assert isinstance(site.found, Attention) and recognize_attention.check(case.graph_module, site) is None
+    foreign = (sympy.Symbol("u7"), 4, sympy.Symbol("u8"), 5)
+    lost = replace(site, found=replace(site.found, shape=foreign))
+    refusal = recognize_attention.check(case.graph_module, lost)
+    assert refusal is not None and "cannot be read from any node" in refusal.reason
 
 
 def test_is_causal_is_causal() -> None:
