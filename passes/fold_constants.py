@@ -1,7 +1,7 @@
 """Compute at compile time what depends on no input.
 
 before:  add(weight, 1.0); permute(weight, [1, 0]); arange(64); rsqrt(full([], 64.0))
-after:   a get_attr of the result, stored as `folded.<node>`; views share the memory of the weight
+after:   a get_attr of the result, stored as `folded.<weight>`; views share the memory of the weight
 why:     (1 + w) of Gemma, transposed weights of GPT-2 and constant masks cost nothing at run time, and
          patterns can read their numbers
 legal:   every input is a literal or a stored tensor; sizes are fixed; the op is deterministic and writes
@@ -77,13 +77,24 @@ def rewrite(graph_module: fx.GraphModule, site: NodeSite) -> None:
 
 
 def _name(graph_module: fx.GraphModule, node: fx.Node) -> str:
-    """A free name: nodes are unique in one graph, but earlier folds may have left theirs behind."""
-    folded = getattr(graph_module, "folded", None)
-    name, count = node.name, 0
-    while folded is not None and hasattr(folded, name):
+    """A free name below `folded`: that of the first stored tensor in it, which says whose weight this is (and of
+    which layer), else that of the node."""
+    sources = [str(source.target).removeprefix("folded.") for source in node.all_input_nodes]
+    wanted = f"folded.{sources[0] if sources else node.name}"
+    name, count = wanted, 0
+    while _is_taken(graph_module, name):
         count += 1
-        name = f"{node.name}_{count}"
-    return f"folded.{name}"
+        name = f"{wanted}_{count}"
+    return name
+
+
+def _is_taken(graph_module: fx.GraphModule, name: str) -> bool:
+    owner: object = graph_module
+    for word in name.split("."):
+        if not hasattr(owner, word):
+            return False
+        owner = getattr(owner, word)
+    return True
 
 
 def _bytes(node: fx.Node) -> int:

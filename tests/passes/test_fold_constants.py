@@ -47,6 +47,14 @@ def test_two_runs_do_not_reuse_a_name() -> None:
     assert len(names) == 1 and torch.equal(get_tensor(case.graph_module, names.pop()), draw(4) + 2)
 
 
+def test_a_folded_weight_is_called_after_its_weight() -> None:
+    """GPT-2 stores its weights transposed: without their names no kernel of it belonged to a layer."""
+    case = Case(lambda m, x: x @ m.w.t() + m.w.t().sum(), draw(3, 4), w=draw(4, 4))
+    run_pass(case.graph_module, fold_constants)
+    names = {str(node.target) for node in case.graph_module.graph.nodes if node.op == "get_attr"}
+    assert all(name.startswith("folded.w") for name in names), names
+
+
 def test_refuses_random_numbers() -> None:
     case = Case(lambda m, x: x + torch.rand(4, dtype=x.dtype), draw(3, 4))
     (outcome,) = case.run(fold_constants)
