@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torchweld.codegen.ir import Kernel
 from torchweld.codegen.lower import LoweredGroup
 from torchweld.codegen.naming import unique
+from torchweld.codegen.pieces import APPEND
 from torchweld.codegen.plan import EagerStep, Launch, Plan, Step, ValueSpec
 from torchweld.graph.groups import Group, GroupGraph, has_tensor, is_free
 from torchweld.graph.meaning.context import Unsupported, scalar_expr, shape_of, tensor_of
@@ -74,7 +75,10 @@ def build_plan(groups: GroupGraph) -> BuiltPlan:
     if tail is not None:
         steps.append(tail)
         step_groups.append(None)
-    plan = Plan(inputs, constants, values, tuple(steps), outputs, tuple(sizes))
+    updated = {name for step in steps if isinstance(step, Launch) for name in step.updated()}
+    appends = graph.find_nodes(op="call_function", target=APPEND)
+    in_place = {node.name: node.args[0].name for node in appends if node.name in updated}
+    plan = Plan(inputs, constants, values, tuple(steps), outputs, tuple(sizes), in_place)
     missing = {s for step in plan.launches() for s in step.kernel.sizes} - set(sizes)
     if missing:
         raise PlanRefused(f"sizes {', '.join(sorted(missing))} are no whole dimension of any input")

@@ -15,10 +15,11 @@ from typing import Final
 
 import sympy
 
-from torchweld.codegen.cpp_attention import print_attention_part
+from torchweld.codegen.cpp_attention import SharedRoom, print_attention_part
 from torchweld.codegen.cpp_fingerprint import fingerprint, merge_equal_terms
 from torchweld.codegen.cpp_matmul import print_matmul_part
 from torchweld.codegen.cpp_names import PrintError
+from torchweld.codegen.cpp_packed import Precision
 from torchweld.codegen.cpp_row import print_row_part
 from torchweld.codegen.cpp_text import KernelNames, buffer_lines, indented
 from torchweld.codegen.ir import AttentionPart, Kernel, MatmulPart, Part
@@ -44,11 +45,15 @@ SIGNATURE: Final = (
 
 @dataclass(frozen=True)
 class PrintedKernel:
-    """A kernel's C++ function; `scratch` are the bytes per thread that it works in, of the kernel's sizes."""
+    """A kernel's C++ function; `scratch` are the bytes per thread that it works in, of the kernel's sizes.
+
+    shared: pieces of memory that its threads share, handed in behind the kernel's own buffers.
+    """
 
     name: str
     text: str
     scratch: tuple[Expr, ...]
+    shared: tuple[SharedRoom, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,9 @@ class PrintedUnit:
         return tuple(dict.fromkeys(function.name for function in self.functions))
 
 
-def print_kernel(kernel: Kernel, taken: Collection[str] = ()) -> PrintedKernel:
+def print_kernel(
+    kernel: Kernel, taken: Collection[str] = (), precision: Precision = "f32"
+) -> PrintedKernel:
     """`kernel` as one C++ function called as the kernel, with a number behind it where that name is `taken`.
 
     Raises PrintError for what has no C++.
@@ -76,9 +83,10 @@ def print_kernel(kernel: Kernel, taken: Collection[str] = ()) -> PrintedKernel:
         name = names.namer.fresh(kernel.name)
     body = buffer_lines(kernel, names)
     scratch: list[Expr] = []
+    shared: list[SharedRoom] = []
     for part in kernel.parts:
         try:
-            lines, room = _print_part(kernel, names, part)
+            lines, room = _print_part(kernel, names, part, shared, precision)
         except PrintError as error:
             raise PrintError(f"kernel {kernel.name}: {error}") from error
         scratch.append(sympy.sympify(room))
@@ -86,10 +94,10 @@ def print_kernel(kernel: Kernel, taken: Collection[str] = ()) -> PrintedKernel:
         body += ["", f"{{  // {title}", *indented(lines), "}"]
     head = [f"// {kernel.name}: {', '.join(kernel.ops)}"] if kernel.ops else [f"// {kernel.name}"]
     text = "\n".join([*head, f'extern "C" void {name}({SIGNATURE}) {{', *indented(body), "}", ""])
-    return PrintedKernel(name, text, tuple(scratch))
+    return PrintedKernel(name, text, tuple(scratch), tuple(shared))
 
 
-def print_unit(kernels: Sequence[Kernel]) -> PrintedUnit:
+def print_unit(kernels: Sequence[Kernel], precision: Precision = "f32") -> PrintedUnit:
     """All kernels in one translation unit; those that differ in the names of their arguments only share a function."""
     printed: dict[str, PrintedKernel] = {}
     functions: list[PrintedKernel] = []
@@ -97,7 +105,7 @@ def print_unit(kernels: Sequence[Kernel]) -> PrintedUnit:
     for kernel in kernels:
         key = fingerprint(kernel, exprs)
         if key not in printed:
-            printed[key] = print_kernel(kernel, {function.name for function in functions})
+            printed[key] = print_kernel(kernel, {function.name for function in functions}, precision)
         functions.append(printed[key])
     body = [function.text for function in printed.values()]
     return PrintedUnit("\n".join([prelude(), *body]), tuple(functions))
@@ -107,15 +115,20 @@ def print_unit(kernels: Sequence[Kernel]) -> PrintedUnit:
 def prelude() -> str:
     """The C++ that every unit starts with: scalars, folds, vectors, stored formats, inner products, attention."""
     folder = Path(__file__).parent / "runtime"
-    names = ("scalar.h", "fold.h", "vectors.h", "formats.h", "matmul.h", "attention.h")
+    packed = ("packed.h", "packed_matmul.h", "packed_bf16.h", "packed_int8.h")
+    names = ("scalar.h", "fold.h", "vectors.h", "formats.h", "matmul.h", *packed, "attention.h")
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
-def _print_part(kernel: Kernel, names: KernelNames, part: Part) -> tuple[list[str], Expr | int]:
+def _print_part(
+    kernel: Kernel, names: KernelNames, part: Part, shared: list[SharedRoom], precision: Precision
+) -> tuple[list[str], Expr | int]:
     if isinstance(part, MatmulPart):
-        return print_matmul_part(kernel, names, part)
+        return print_matmul_part(kernel, names, part, precision)
     if isinstance(part, AttentionPart):
-        return print_attention_part(kernel, names, part)
+        lines, scratch, room = print_attention_part(kernel, names, part, len(kernel.buffers) + len(shared))
+        shared.append(room)
+        return lines, scratch
     return print_row_part(kernel, names, part)
 
 

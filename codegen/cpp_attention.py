@@ -1,199 +1,260 @@
-"""AttentionPart as C++: blocks of 64 keys in ascending order, up to 16 query rows per tile (attention.h).
+"""AttentionPart as C++: tiles of query rows against blocks of 64 keys, joined over splits of 128 (attention.h).
 
-The threads share (batch, tile of queries). Keys outside the causal or window bounds of a tile are not touched; within
-a block every row takes its own visible keys only, so a row's bits do not depend on the rows beside it.
+    for each (batch entry, key head, tile of queries):        the threads take turns, or share the splits of few tiles
+        for each split of 128 positions that the tile sees:
+            for each block of 64: keys turned, scores, weights, values     the visible keys of each row only
+        splits joined in ascending order; stores
+
+A tile's rows are queries times the query heads that read one key head. Over a cache the keys are met by position, and
+found through their slots; where rows of a tree see different keys, they go through the block one query at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
 import sympy
 import torch
 
-from torchweld.codegen.cpp_names import PrintError, converted, literal, unwrapped, value_type
-from torchweld.codegen.cpp_operand import StoredRow, padded, stored_row
-from torchweld.codegen.cpp_terms import Emitter
+from torchweld.codegen.cpp_attention_keys import AttentionKeys
+from torchweld.codegen.cpp_names import converted, literal, unwrapped, value_type
+from torchweld.codegen.cpp_operand import padded
 from torchweld.codegen.cpp_text import KernelNames, indented
 from torchweld.codegen.ir import AttentionPart, Kernel
-from torchweld.graph.terms import Attend, Axis, Expr, Term
+from torchweld.graph.index import FloorDiv
+from torchweld.graph.terms import Axis, Expr
 
-_QUERIES, _KEYS = 16, 64  # tw_query_block, tw_key_block
-
-
-def print_attention_part(kernel: Kernel, names: KernelNames, part: AttentionPart) -> tuple[list[str], Expr]:
-    """The statements of the part and the bytes of scratch memory per thread that they need."""
-    return _AttentionPrinter(kernel, names, part).print()
+_KEYS, _SPLIT, _PASS = 64, 128, 64  # tw_keys, tw_split, tw_pass
+_MOST_UNITS: Final = 128  # tw_most_units
 
 
-class _AttentionPrinter:
-    def __init__(self, kernel: Kernel, names: KernelNames, part: AttentionPart) -> None:
-        attend = part.attend.term
-        if not isinstance(attend, Attend):
-            raise PrintError(f"{part.attend.name!r} is no Attend but a {type(attend).__name__}")
-        self.kernel, self.names, self.part, self.attend = kernel, names, part, attend
-        self.real = torch.float64 if attend.dtype == torch.float64 else torch.float32
-        self.kind = value_type(self.real)
-        self.emitter = Emitter(kernel, names)
-        self.axes = (*part.batch, part.t, part.feature, attend.s, attend.d)
-        for axis in self.axes:
-            self.emitter.axis(axis)
-        self.keys_stored = stored_row(kernel, attend.k, attend.d, self.real)
-        self.values_stored = self._plain_values()
-        self.scratch: Expr = sympy.Integer(0)
-        self.lines: list[str] = []
+@dataclass(frozen=True)
+class SharedRoom:
+    """Memory that all threads see, needed where tiles are fewer than twice the threads.
 
-    def _plain_values(self) -> StoredRow | None:
-        row = stored_row(self.kernel, self.attend.v, self.part.feature, self.real)
-        return row if row is not None and row.format in ("F32", "F64") else None
+    It begins with 8 KiB of counters, which are zero at first and after every run; then come the results of the splits
+    of every tile.  units: the number of tiles.  unit_bytes: the room for the results of one.
+    """
 
-    def print(self) -> tuple[list[str], Expr]:
-        """The whole part."""
-        self._room()
-        emitter, part = self.emitter, self.part
-        tiles = f"tw_blocks({unwrapped(emitter.index(part.t.extent))}, {_QUERIES})"
-        features = unwrapped(emitter.index(part.feature.extent))
-        self.lines += [
-            f"const int64_t query_blocks = {features} ? {tiles} : 0;",
-            f"const tw_range share = tw_share({emitter.extents(part.batch)} * query_blocks, thread, threads);",
-            "for (int64_t unit = share.begin; unit < share.end; ++unit) {",
-            *indented(self._tile()),
-            "}",
-        ]
-        return self.lines, self.scratch
+    units: Expr
+    unit_bytes: Expr
+
+    def nbytes(self, value: Callable[[Expr], int], threads: int) -> int:
+        """Bytes for the sizes that `value` knows; 0 where every thread has tiles of its own."""
+        units = value(self.units)
+        few = 0 < units <= _MOST_UNITS and units < 2 * threads
+        return 64 * _MOST_UNITS + units * value(self.unit_bytes) if few and threads > 1 else 0
+
+
+def print_attention_part(
+    kernel: Kernel, names: KernelNames, part: AttentionPart, place: int
+) -> tuple[list[str], Expr, SharedRoom]:
+    """The statements of the part, the bytes of scratch memory per thread, and the memory that its threads share.
+
+    place: where that memory comes among the buffers.
+    """
+    return _AttentionPrinter(kernel, names, part, place).print()
+
+
+class _AttentionPrinter(AttentionKeys):
+    """Loops over tiles, splits and blocks."""
+
+    # -- memory ---------------------------------------------------------------------------------------------------
 
     def _allocate(self, name: str, count: Expr) -> None:
-        start = unwrapped(self.emitter.index(self.scratch))
-        self.lines.append(f"{self.kind}* const {name} = ({self.kind}*)(scratch + {start});")
+        self.lines.append(
+            f"{self.kind}* const {name} = ({self.kind}*)(scratch + {self._text(self.scratch)});"
+        )
         self.scratch = sympy.expand(self.scratch + padded(count * self.real.itemsize, torch.uint8))
 
     def _room(self) -> None:
         depth, width = padded(self.attend.d.extent, self.real), padded(self.part.feature.extent, self.real)
-        self.lines.append(f"const int64_t d_stride = {unwrapped(self.emitter.index(depth))};")
-        self.lines.append(f"const int64_t f_stride = {unwrapped(self.emitter.index(width))};")
-        self._allocate("q_rows", depth * _QUERIES)
-        self._allocate("scores", sympy.Integer(_QUERIES * _KEYS))
-        self._allocate("outputs", width * _QUERIES)
-        self._allocate("decoded", depth * 4)
+        self.lines.append(f"const int64_t d_stride = {self._text(depth)};")
+        self.lines.append(f"const int64_t f_stride = {self._text(width)};")
+        self._allocate("q_rows", depth * self.rows)
+        self._allocate("scores", sympy.Integer(self.rows * _KEYS))
+        self._allocate("turned", sympy.Integer(_PASS * _KEYS))
+        self._allocate("joined", width * self.rows)
+        self._allocate("outputs", width * self.rows)
         if self.keys_stored is None:
             self._allocate("k_rows", depth * _KEYS)
         if self.values_stored is None:
             self._allocate("v_rows", width * _KEYS)
 
-    def _scope(self) -> Emitter:
-        emitter = Emitter(self.kernel, self.names)
-        for axis in self.axes:
-            emitter.adopt_axis(axis, self.emitter)
-        emitter.push(tuple(axis.name for axis in self.part.batch))
-        return emitter
+    def _most_splits(self) -> Expr:
+        """Splits that the rows of a tile see at most: they see no more than all keys, and start in different places."""
+        return FloorDiv(self.attend.s.extent + self.attend.t_extent, sympy.Integer(_SPLIT)) + 2
+
+    def _units(self) -> Expr:
+        tiles = FloorDiv(self.part.t.extent + self.queries - 1, sympy.Integer(self.queries))
+        for axis in self.part.batch[:-1]:
+            tiles = tiles * axis.extent
+        return (
+            tiles * FloorDiv(self.part.batch[-1].extent, sympy.Integer(self.share))
+            if self.part.batch
+            else tiles
+        )
+
+    def _shared(self) -> SharedRoom:
+        state = padded(self.part.feature.extent, self.real) * self.real.itemsize + 64
+        return SharedRoom(self._units(), state * self.rows * self._most_splits())
+
+    # -- the part -------------------------------------------------------------------------------------------------
+
+    def print(self) -> tuple[list[str], Expr, SharedRoom]:
+        """The whole part."""
+        self._room()
+        features, queries = self._text(self.part.feature.extent), self._text(self.part.t.extent)
+        self.lines += [
+            f"const int64_t query_blocks = {features} ? tw_blocks({queries}, {self.queries}) : 0;",
+            f"const int64_t units = {features} ? {self._text(self._units())} : 0;",
+            "// With few tiles the threads share the splits of each.",
+            "const bool spread = threads > 1 && units < 2 * threads && units <= tw_most_units;",
+            f"const tw_splits<{self.kind}> splits = {{spread ? buffers[{self.place}] : nullptr, {self.rows},"
+            f" {self._text(self._most_splits())}, f_stride}};",
+            "int64_t task = 0;",
+            "for (int64_t unit = spread ? 0 : thread; unit < units; unit += spread ? 1 : threads) {",
+            *indented(self._tile()),
+            "}",
+        ]
+        return self.lines, self.scratch, self._shared()
+
+    def _place(self) -> list[str]:
+        """The batch axes of a unit; the head is the first one of its group."""
+        if not self.part.batch:
+            return []
+        *outer, head = self.part.batch
+        groups = Axis("group", FloorDiv(head.extent, sympy.Integer(self.share)))
+        return [
+            *self.emitter.unflatten("unit / query_blocks", (*outer, groups)),
+            f"const int64_t first_head = {self.emitter.axis(groups)} * {self.share};",
+            f"const int64_t {self.emitter.axis(head)} = first_head;",
+        ]
 
     def _tile(self) -> list[str]:
-        emitter, kind, attend = self.emitter, self.kind, self.attend
-        keys, queries = (
-            unwrapped(emitter.index(attend.s.extent)),
-            unwrapped(emitter.index(self.part.t.extent)),
-        )
+        kind, queries = self.kind, self._text(self.part.t.extent)
+        return [
+            f"const int64_t first_query = unit % query_blocks * {self.queries};",
+            f"const int64_t rows = tw_least<int64_t>({self.queries}, {queries} - first_query) * {self.share};",
+            *self._place(),
+            *self._past(),
+            f"int64_t visible_from[{self.rows}], visible_to[{self.rows}], first_key = -1, last_key = 0;",
+            *self._visibility(),
+            f"const int64_t first_split = tw_most<int64_t>(first_key, 0) / {_SPLIT};",
+            f"const int64_t end_split = tw_most(tw_blocks(last_key, {_SPLIT}), first_split + 1);",
+            f"{kind} greatest[2][{self.rows}], total[2][{self.rows}];",
+            "bool filled = false;",
+            "for (int64_t split = first_split; split < end_split; ++split) {",
+            *indented(self._split()),
+            "}",
+        ]
+
+    # -- one split ------------------------------------------------------------------------------------------------
+
+    def _split(self) -> list[str]:
         least = literal(float("-inf"), self.real)
         return [
-            f"const int64_t first_query = unit % query_blocks * {_QUERIES};",
-            f"const int64_t rows = tw_least<int64_t>({_QUERIES}, {queries} - first_query);",
-            *emitter.unflatten("unit / query_blocks", self.part.batch),
-            f"int64_t visible_from[{_QUERIES}], visible_to[{_QUERIES}], first_key = {keys}, last_key = 0;",
-            f"{kind} greatest[{_QUERIES}], total[{_QUERIES}];",
-            *self._queries(least),
-            f"for (int64_t key = first_key / {_KEYS} * {_KEYS}; key < last_key; key += {_KEYS}) {{",
+            "if (spread && task++ % threads != thread) continue;",
+            "if (!filled) {",
+            "    filled = true;",
+            *indented(self._queries()),
+            "}",
+            "// The first split makes the state that the others are joined to.",
+            "const int64_t state = spread || split == first_split ? 0 : 1;",
+            f"{self.kind}* const sums = state ? outputs : joined;",
+            "for (int64_t r = 0; r < rows; ++r) {",
+            f"    greatest[state][r] = {least}, total[state][r] = 0;",
+            "    for (int64_t i = 0; i < f_stride; ++i) sums[r * f_stride + i] = 0;",
+            "}",
+            f"const int64_t split_end = tw_least(last_key, (split + 1) * {_SPLIT});",
+            f"for (int64_t key = tw_most(split * {_SPLIT}, first_key / {_KEYS} * {_KEYS}); key < split_end;"
+            f" key += {_KEYS}) {{",
             *indented(self._block()),
+            "}",
+            "if (spread) {",
+            "    const int64_t number = split - first_split, count = end_split - first_split;",
+            "    if (!splits.finish(unit, number, count, rows, greatest[0], total[0], joined)) continue;",
+            "} else {",
+            "    for (int64_t r = 0; state && r < rows; ++r)",
+            f"        tw_join<{self.kind}>(greatest[0][r], total[0][r], joined + r * f_stride, greatest[1][r],"
+            " total[1][r],",
+            "            sums + r * f_stride, f_stride);",
+            "    if (split + 1 < end_split) continue;",
             "}",
             *self._stores(),
         ]
 
-    def _queries(self, least: str) -> list[str]:
-        """Bounds and state of every row of the tile, and its query as numbers."""
-        attend, part = self.attend, self.part
+    def _queries(self) -> list[str]:
         emitter = self._scope()
-        t, keys = emitter.axis(part.t), unwrapped(emitter.index(attend.s.extent))
-        emitter.push((part.t.name,))
-        emitter.line(f"greatest[r] = {least}, total[r] = 0;")
-        f = emitter.axis(part.feature)
-        emitter.line(f"for (int64_t {f} = 0; {f} < f_stride; ++{f}) outputs[r * f_stride + {f}] = 0;")
-        if attend.mask_kind == "none":
-            emitter.line(f"visible_from[r] = 0, visible_to[r] = {keys};")
-        else:
-            last = attend.t + attend.s.extent - attend.t_extent
-            emitter.line(f"const int64_t last_visible = {unwrapped(emitter.index(sympy.expand(last)))};")
-            start = (
-                f"tw_most<int64_t>(0, last_visible - {attend.window - 1})"
-                if attend.mask_kind == "window"
-                else "0"
-            )
-            emitter.line(
-                f"visible_from[r] = {start}, visible_to[r] = tw_least<int64_t>({keys}, last_visible + 1);"
-            )
-        emitter.line(
-            "first_key = tw_least(first_key, visible_from[r]), last_key = tw_most(last_key, visible_to[r]);"
-        )
-        self._fill(emitter, attend.q, attend.d, "q_rows", "r", "d_stride")
-        body = [f"const int64_t {t} = first_query + r;", *emitter.pop()]
+        self._push_row(emitter)
+        self._fill(emitter, self.attend.q, self.attend.d, "q_rows", "r", "d_stride")
+        body = [*self._of_row(), *emitter.pop()]
         return [*emitter.pop(), "for (int64_t r = 0; r < rows; ++r) {", *indented(body), "}"]
 
-    def _fill(self, emitter: Emitter, term: Term, axis: Axis, rows: str, row: str, stride: str) -> None:
-        name = emitter.axis(axis)
-        place = f"{rows}[{row} * {stride} + {name}]"
-        emitter.push((axis.name,))
-        emitter.line(f"{place} = {unwrapped(converted(emitter.value(term), term.dtype, self.real))};")
-        for line in emitter.vector_loop(axis, emitter.pop()):
-            emitter.line(line)
-        if padded(axis.extent, self.real) != axis.extent:
-            extent = unwrapped(emitter.index(axis.extent))
-            emitter.line(f"for (int64_t {name} = {extent}; {name} < {stride}; ++{name}) {place} = 0;")
-
     def _block(self) -> list[str]:
-        attend, kind = self.attend, self.kind
-        extent = unwrapped(self.emitter.index(attend.s.extent))
-        format_ = "F64" if self.real == torch.float64 else "F32"
-        depth = unwrapped(self.emitter.index(attend.d.extent))
-        if self.keys_stored is not None:
-            format_ = self.keys_stored.format
-        else:
-            depth = "d_stride"
-        return [
-            f"const int64_t keys = tw_least<int64_t>({_KEYS}, {extent} - key);",
+        """Pointers to the keys and values of a block, then its rows; with a tree's new rows, query by query."""
+        lines = [
+            f"const int64_t keys = tw_least<int64_t>({_KEYS}, last_key - key);",
             f"const void* k_at[{_KEYS}];",
-            f"const {kind}* v_at[{_KEYS}];",
-            *self._key_rows(),
-            f"tw_matmul<tw_{format_}, 4, 4>(q_rows, d_stride, rows, k_at, keys, {depth}, scores, {_KEYS}, decoded);",
-            "for (int64_t r = 0; r < rows; ++r) {",
-            "    const int64_t begin = tw_most<int64_t>(visible_from[r] - key, 0);",
-            "    const int64_t end = tw_least(visible_to[r] - key, keys);",
-            "    if (begin >= end) continue;",
-            *indented(self._scores()),
-            f"    tw_attend_block<{kind}>(scores + r * {_KEYS}, begin, end, greatest[r], total[r], v_at,"
-            f" {unwrapped(self.emitter.index(self.part.feature.extent))}, outputs + r * f_stride);",
+            f"const {self.kind}* v_at[{_KEYS}];",
+            "const auto attend_rows = [&](int64_t begin_row, int64_t end_row) {",
+            *indented(self._rows()),
+            "};",
+        ]
+        if self.attend.path is None:
+            return [*lines, *self._pointers(self._slot_of_position()), "attend_rows(0, rows);"]
+        tree = [
+            f"for (int64_t q = 0; q < rows; q += {self.share}) {{",
+            "    if (visible_from[q] >= key + keys || visible_to[q] <= key) continue;",
+            *indented(self._pointers(self._slot_on_path())),
+            f"    attend_rows(q, q + {self.share});",
             "}",
         ]
+        shared = [*self._pointers(self._slot_of_position()), "attend_rows(0, rows);"]
+        return [*lines, "if (key + keys > past) {", *indented(tree), "} else {", *indented(shared), "}"]
 
-    def _key_rows(self) -> list[str]:
+    def _rows(self) -> list[str]:
+        """Rows [begin_row, end_row) against the block whose pointers are set."""
         attend = self.attend
-        emitter = self._scope()
-        s = emitter.axis(attend.s)
-        emitter.push((attend.s.name,))
+        worked = attend.soft_cap > 0 or attend.mask is not None
+        scale = literal(1.0 if worked else attend.scale, self.real)
+        format_ = "F64" if self.real == torch.float64 else "F32"
+        depth = self._text(self.attend.d.extent)
         if self.keys_stored is not None:
-            emitter.line(f"k_at[j] = (const void*)({self.keys_stored.address(emitter, attend.d)});")
-        else:
-            self._fill(emitter, attend.k, attend.d, "k_rows", "j", "d_stride")
-            emitter.line("k_at[j] = k_rows + j * d_stride;")
-        if self.values_stored is not None:
-            emitter.line(f"v_at[j] = {self.values_stored.address(emitter, self.part.feature)};")
-        else:
-            self._fill(emitter, attend.v, self.part.feature, "v_rows", "j", "f_stride")
-            emitter.line("v_at[j] = v_rows + j * f_stride;")
-        body = [f"const int64_t {s} = key + j;", *emitter.pop()]
-        return [*emitter.pop(), "for (int64_t j = 0; j < keys; ++j) {", *indented(body), "}"]
+            format_ = self.keys_stored.format
+        count = "end_row - begin_row"
+        features = self._text(self.part.feature.extent)
+        return [
+            f"tw_seen seen[{self.rows}];",
+            "int64_t last = 0;",
+            "for (int64_t r = begin_row; r < end_row; ++r) {",
+            "    const int64_t from = tw_most<int64_t>(visible_from[r] - key, 0);",
+            "    const int64_t to = tw_least(visible_to[r] - key, keys);",
+            "    seen[r] = from < to ? tw_seen{(int32_t)from, (int32_t)to} : tw_seen{0, 0};",
+            "    last = tw_most<int64_t>(last, seen[r].to);",
+            "}",
+            "if (!last) return;",
+            f"tw_score_block<tw_{format_}>(q_rows + begin_row * d_stride, d_stride, {count}, seen + begin_row,",
+            f"    k_at, last, {depth}, turned, scores + begin_row * {_KEYS});",
+            "for (int64_t r = begin_row; r < end_row; ++r) {",
+            "    if (seen[r].from >= seen[r].to) continue;",
+            *indented(self._scores() if worked else []),
+            f"    const {self.kind} keep = tw_soften<{self.kind}>(scores + r * {_KEYS}, seen[r], {scale},",
+            "        greatest[state][r], total[state][r]);",
+            f"    tw_scale_row<{self.kind}>(sums + r * f_stride, f_stride, keep);",
+            "}",
+            f"tw_mix_block<{self.kind}>(scores + begin_row * {_KEYS}, {count}, seen + begin_row, v_at, {features},",
+            "    sums + begin_row * f_stride, f_stride);",
+        ]
 
     def _scores(self) -> list[str]:
         """Scale, cap and mask of the visible scores of row r."""
         attend = self.attend
         emitter = self._scope()
-        t, s = emitter.axis(self.part.t), emitter.axis(attend.s)
-        emitter.push((self.part.t.name,))
+        s = emitter.axis(attend.s)
+        self._push_row(emitter)
         emitter.push((attend.s.name,))
         place = f"scores[r * {_KEYS} + j]"
         emitter.line(f"{self.kind} score = {place} * {literal(attend.scale, self.real)};")
@@ -207,24 +268,26 @@ class _AttentionPrinter:
             else:
                 emitter.line(f"score = score + {converted(mask, attend.mask.dtype, self.real)};")
         emitter.line(f"{place} = score;")
-        inner = [f"const int64_t {s} = key + j;"] if attend.mask is not None else []
+        masked = attend.mask is not None
+        inner = [f"const int64_t {s} = key + j;"] if masked else []
         inner += emitter.pop()
-        outer = [f"const int64_t {t} = first_query + r;"] if attend.mask is not None else []
-        loop = ["#pragma GCC ivdep", "for (int64_t j = begin; j < end; ++j) {", *indented(inner), "}"]
+        outer = self._of_row() if masked else []
+        begin, end = ("seen[r].from", "seen[r].to") if masked else ("0", str(_KEYS))
+        loop = ["#pragma GCC ivdep", f"for (int64_t j = {begin}; j < {end}; ++j) {{", *indented(inner), "}"]
         body = outer + emitter.pop() + loop
         return emitter.pop() + body
 
     def _stores(self) -> list[str]:
         part, attend = self.part, self.attend
         emitter = self._scope()
-        t, f = emitter.axis(part.t), emitter.axis(part.feature)
-        emitter.push((part.t.name,))
+        f = emitter.axis(part.feature)
+        self._push_row(emitter)
         emitter.line("// a row that saw nothing gives 0")
-        emitter.line(f"const {self.kind} share_of_one = total[r] > 0 ? 1 / total[r] : total[r];")
+        emitter.line(f"const {self.kind} share_of_one = total[0][r] > 0 ? 1 / total[0][r] : total[0][r];")
         ref = f"ref:{part.attend.name}"
         emitter.push((part.feature.name, ref))
         name = self.names.namer.fresh(part.attend.name)
-        text = converted(f"(outputs[r * f_stride + {f}] * share_of_one)", self.real, attend.dtype)
+        text = converted(f"(joined[r * f_stride + {f}] * share_of_one)", self.real, attend.dtype)
         emitter.line(f"const {value_type(attend.dtype)} {name} = {unwrapped(text)};")
         emitter.define_ref(part.attend.name, name, attend.dtype)
         for store in part.stores:
@@ -232,5 +295,5 @@ class _AttentionPrinter:
         lines = emitter.pop()
         for line in emitter.vector_loop(part.feature, lines):
             emitter.line(line)
-        body = [f"const int64_t {t} = first_query + r;", *emitter.pop()]
+        body = [*self._of_row(), *emitter.pop()]
         return [*emitter.pop(), "for (int64_t r = 0; r < rows; ++r) {", *indented(body), "}"]

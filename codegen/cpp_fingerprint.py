@@ -136,10 +136,12 @@ class _Writer:
             case Contract():
                 return self.axes((term.k,))
             case Attend():
+                given = (term.mask is None, term.past is None, term.path is None)
                 numbers = (
-                    f"{term.mask_kind} {term.window} {term.scale!r} {term.soft_cap!r} {term.mask is None}"
+                    f"{term.mask_kind} {term.window} {term.scale!r} {term.soft_cap!r} {given} {term.share}"
                 )
-                return f"{self.axes((term.s, term.d))} {numbers} {self.all((term.t, term.t_extent))}"
+                axes = (term.s, term.d) if term.steps is None else (term.s, term.d, term.steps)
+                return f"{self.axes(axes)} {numbers} {self.all((term.t, term.t_extent))}"
         return ""
 
     def axes(self, axes: tuple[Axis, ...]) -> str:

@@ -22,7 +22,10 @@ _KEYWORDS: Final = frozenset(
     decoded query_blocks first_query first_key last_key begin_key end_key keys q_rows k_rows v_rows k_at v_at scores
     visible_from visible_to greatest total result from to
     block width block_end begin end score outputs features d_stride f_stride key last_visible
-    share_of_one""".split()
+    block_columns narrow panel_row unpacked
+    share_of_one units spread splits task first_head past slots past_slot visible first_split end_split filled
+    split split_end state sums turned joined attend_rows begin_row end_row seen last keep number count group q slot
+    new_row depth fits""".split()
 )
 
 _STORAGE: Final = {

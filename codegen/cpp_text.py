@@ -38,7 +38,7 @@ def buffer_lines(kernel: Kernel, names: KernelNames) -> list[str]:
     """Typed pointers and sizes from the untyped arguments of a kernel."""
     lines = []
     for number, buffer in enumerate(kernel.buffers):
-        const = "" if buffer.role == "output" else "const "
+        const = "" if buffer.is_written else "const "
         kind = f"{const}{storage_type(buffer.dtype)}*"
         shape = ", ".join(str(extent) for extent in buffer.shape)
         stored_as = f" as {buffer.format}" if buffer.format else ""

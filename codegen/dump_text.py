@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, permutations
 from pathlib import Path
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from torchweld.codegen.formula import formula
-from torchweld.codegen.ir import Buffer, Kernel
+from torchweld.codegen.ir import Buffer, Kernel, part_axes, part_terms
 from torchweld.codegen.triton import TritonKernel
 from torchweld.codegen.triton_text import Value, index_text
 from torchweld.codegen.work import kernel_work
 from torchweld.graph.cost import roofline_microseconds
 from torchweld.graph.formats import get_format
-from torchweld.graph.index import evaluate
+from torchweld.graph.index import Mod, evaluate
 from torchweld.graph.target import GpuTarget
-from torchweld.graph.terms import Expr, Load, walk
+from torchweld.graph.terms import Attend, Expr, IndexValue, Load, walk
 
 INTERPRETED_PROGRAMS = 128
+_PAST = 5  # integers that index nothing are below it
 # 5 * 6 rows are just below one matmul tile of 32; fewer keys than 5 could all be masked by chance.
 _CHECKED = ((5, 6, 7, 3, 11, 13), (17, 19, 23, 29, 31, 37), (64, 128, 192, 256, 320, 384))
 
@@ -50,6 +52,9 @@ def kernel_file(
         launcher=printed.launcher.rstrip("\n"),
         reference=reference.strip("\n"),
         inputs=[_make_input(b, kernel) for b in kernel.buffers if b.role != "output"],
+        updated=any(b.role == "update" for b in kernel.buffers),
+        input_names=repr(tuple(b.name for b in kernel.buffers if b.role != "output")),
+        result_names=repr(tuple(b.name for b in kernel.buffers if b.is_written)),
         parameters_sizes="".join(f"{name}, " for name in kernel.sizes),
         check_sizes=repr(check_sizes),
         benchmark_sizes=repr({name: sizes[name] for name in kernel.sizes}),
@@ -60,13 +65,31 @@ def kernel_file(
 
 def check_sizes_of(kernel: Kernel) -> dict[str, int]:
     """Small sizes, different from each other, at which no buffer has a negative extent."""
-    for numbers in _CHECKED:
+    for numbers in chain(_CHECKED, permutations(_CHECKED[-1])):
         sizes = {name: numbers[i % len(numbers)] for i, name in enumerate(kernel.sizes)}
         if all(
             evaluate(extent, sizes) > 0 for b in kernel.buffers for extent in b.shape if extent.free_symbols
-        ):
+        ) and all(evaluate(room, sizes) >= 0 for room in _cache_room(kernel)):
             return sizes
     raise ValueError(f"kernel {kernel.name}: no sizes found for its self-check; give some")
+
+
+def _cache_room(kernel: Kernel) -> Iterator[Expr]:
+    """What must not be negative for all rows of a call to fit in its caches, with up to `_PAST` rows before them."""
+    terms = {indirect.symbol: indirect.term for indirect in kernel.indirects}
+    for part in kernel.parts:
+        for term in part_terms(part):
+            if isinstance(term, Attend) and term.past is not None:
+                seen = term.window if term.mask_kind == "window" else _PAST
+                yield term.s.extent - term.t_extent - seen
+        extents = {axis.symbol: axis.extent for axis in part_axes(part)}
+        for store in part.stores:
+            if kernel.buffer(store.buffer).role == "update":
+                for term in walk(terms[str(store.index[2])]):
+                    row = term.expr if isinstance(term, IndexValue) else None
+                    rows = row.args[1] if isinstance(row, Mod) else extents.get(row)
+                    if rows is not None:
+                        yield kernel.buffer(store.buffer).shape[2] - rows
 
 
 def tolerance(kernel: Kernel) -> float:

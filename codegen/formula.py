@@ -106,4 +106,7 @@ def _attend_text(term: Attend, depth: int) -> str:
     if term.mask is not None:
         scores += f", mask {_text(term.mask, depth - 1)}"
     kind = f"window of {term.window}" if term.mask_kind == "window" else term.mask_kind
+    if term.past is not None:
+        tree = f", tree {_text(term.path, depth - 1)}" if term.path is not None else ""
+        kind += f" over a cache after {_text(term.past, depth - 1)}{tree}"
     return f"softmax[{_axes((term.s,))}]({scores}, positions: {kind}) @ {v}"

@@ -15,13 +15,23 @@ what is read there is thrown away.  Where the condition holds, an index outside 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from torchweld.codegen.interpreter_keys import KeyDims, number_keys
 from torchweld.codegen.interpreter_ops import FOLDS, POINTWISE
-from torchweld.codegen.ir import Indirect, Kernel, Part, Store, part_axes, part_binds, part_terms
+from torchweld.codegen.ir import (
+    AttentionPart,
+    Indirect,
+    Kernel,
+    Part,
+    Store,
+    part_axes,
+    part_binds,
+    part_terms,
+)
 from torchweld.graph.formats import get_format
 from torchweld.graph.index import FloorDiv, Mod, evaluate
 from torchweld.graph.terms import (
@@ -52,6 +62,7 @@ def interpret(
 ) -> dict[str, Tensor]:
     """Run `kernel` on contiguous `buffers` (inputs and weights by name) and return its outputs by name, new tensors.
 
+    What the kernel updates is given by name as well and stays as it is; the updated copy is returned.
     precision: None for the kernel's own dtypes; torch.float64 to compute (and return) every float in float64.
     Raises IndexError for an index outside its buffer, KeyError for a missing buffer or size, ValueError for a buffer
     of another shape or dtype than the kernel declares.
@@ -64,6 +75,10 @@ def interpret(
         if buffer.role == "output":
             dtype = precision if precision is not None and buffer.dtype.is_floating_point else buffer.dtype
             outputs[buffer.name] = torch.zeros([evaluate(e, sizes) for e in buffer.shape], dtype=dtype)
+        elif buffer.role == "update":
+            given = buffers[buffer.name]
+            wide = precision is not None and buffer.dtype.is_floating_point
+            outputs[buffer.name] = given.to(precision if wide else given.dtype, copy=True)
     for part in kernel.parts:
         _PartRun(kernel, part, buffers, sizes, precision).run(outputs)
     return outputs
@@ -85,10 +100,23 @@ def _check_buffers(kernel: Kernel, buffers: Mapping[str, Tensor], sizes: Mapping
 
 @dataclass(frozen=True)
 class _Scope:
-    """What the values of one evaluation depend on: the extents of the axes in scope, and where loads must be legal."""
+    """What the values of one evaluation depend on: the extents of the axes in scope, and where loads must be legal.
+
+    values: axes that do not count 0, 1, 2, ... but take these values along their dimension.
+    """
 
     extents: Mapping[str, int]
     legal: Tensor | None = None
+    values: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """The keys of an attention along s: the scope of k and v, that of the mask, and who sees which (None: all do)."""
+
+    slots: _Scope
+    positions: _Scope
+    visible: Tensor | None
 
 
 @dataclass
@@ -106,6 +134,7 @@ class _PartRun:
     memo: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
     free: dict[int, frozenset[Expr]] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)
+    kept_scopes: list[_Scope] = field(default_factory=list)
 
     def run(self, outputs: dict[str, Tensor]) -> None:
         """Evaluate the binds in order, then the stores."""
@@ -165,6 +194,8 @@ class _PartRun:
 
     def symbol(self, name: str, scope: _Scope) -> Tensor:
         """An axis as a range along its dimension, an indirect as the value of its term, a size as a number."""
+        if scope.values is not None and name in scope.values:
+            return scope.values[name]
         if name in scope.extents:
             shape = [1] * len(self.dimension)
             shape[self.dimension[name]] = scope.extents[name]
@@ -216,7 +247,7 @@ class _PartRun:
         if id(term) not in self.free:
             free_symbols(term, self.free)
         extents = tuple((n, scope.extents.get(n)) for n in sorted(str(s) for s in self.free[id(term)]))
-        key = (id(term), extents, id(scope.legal))
+        key = (id(term), extents, id(scope.legal), id(scope.values))
         if key not in self.memo:
             self.memo[key] = self.compute(term, scope)
         return self.memo[key]
@@ -302,8 +333,8 @@ class _PartRun:
         inside = condition if scope.legal is None else condition & scope.legal
         outside = ~condition if scope.legal is None else ~condition & scope.legal
         self.kept += [inside, outside]  # the memo knows them by identity, so they must stay alive
-        value = self.value(term.value, _Scope(scope.extents, inside))
-        other = self.value(term.other, _Scope(scope.extents, outside))
+        value = self.value(term.value, replace(scope, legal=inside))
+        other = self.value(term.other, replace(scope, legal=outside))
         return torch.where(condition, value, other)
 
     def op(self, term: Op, scope: _Scope) -> Tensor:
@@ -320,9 +351,8 @@ class _PartRun:
 
     def enter(self, axes: Sequence[Axis], scope: _Scope) -> _Scope:
         """The scope inside a reduction over `axes`."""
-        return _Scope(
-            {**scope.extents, **{a.name: evaluate(a.extent, self.sizes) for a in axes}}, scope.legal
-        )
+        entered = {a.name: evaluate(a.extent, self.sizes) for a in axes}
+        return replace(scope, extents={**scope.extents, **entered})
 
     def spread(self, value: Tensor, axes: Sequence[Axis], inner: _Scope) -> Tensor:
         """`value` with the full extent along `axes`, also where it does not depend on them."""
@@ -365,39 +395,70 @@ class _PartRun:
 
     def attend(self, term: Attend, scope: _Scope) -> Tensor:
         """Softmax attention for every point of the frame; rows that see nothing give 0."""
-        inner = self.enter([term.s, term.d], scope)
-        keys = self.enter([term.s], scope)
+        seen = self.plain_keys(term, scope) if term.past is None else self.cached_keys(term, scope)
+        inner = self.enter([term.d], seen.slots)
         carrier = self.carrier(torch.float64 if term.q.dtype == torch.float64 else torch.float32)
         q, k = self.value(term.q, inner).to(carrier), self.value(term.k, inner).to(carrier)
         score = self.product_sum(q, k, term.d, inner) * term.scale
         if term.soft_cap > 0:
             score = term.soft_cap * torch.tanh(score / term.soft_cap)
-        score = self.spread(score, [term.s], keys)
-        score = self.masked(term, score, keys)
+        score = self.spread(score, [term.s], seen.slots)
+        if seen.visible is not None:
+            score = torch.where(seen.visible, score, float("-inf"))
+        if term.mask is not None:
+            mask = self.value(term.mask, seen.positions)
+            hidden = float("-inf")
+            score = torch.where(mask, score, hidden) if mask.dtype == torch.bool else score + mask.to(carrier)
         at = self.dimension[term.s.name]
-        if inner.extents[term.s.name] == 0:
+        if seen.slots.extents[term.s.name] == 0:
             weights = score
         else:
             weights = torch.softmax(score, dim=at)
             blind = (score == float("-inf")).all(dim=at, keepdim=True)
             weights = weights.masked_fill(blind, 0.0)
-        v = self.value(term.v, keys).to(carrier)
-        return self.settle(self.product_sum(weights, v, term.s, keys), term.dtype)
+        v = self.value(term.v, seen.slots).to(carrier)
+        if term.past is not None and seen.visible is not None:  # a slot that no query sees may hold anything
+            v = torch.where(seen.visible.any(self.key_dims(term).query, keepdim=True), v, 0.0)
+        return self.settle(self.product_sum(weights, v, term.s, seen.slots), term.dtype)
 
-    def masked(self, term: Attend, score: Tensor, scope: _Scope) -> Tensor:
-        """`score` with -inf where position or tensor mask forbid a key, and an additive mask added."""
-        hidden = float("-inf")
-        if term.mask_kind != "none":
-            last: Expr = term.t + term.s.extent - term.t_extent
-            key, query = self.symbol(term.s.name, scope), self.index(last, scope)
-            visible = key <= query
-            if term.mask_kind == "window":
-                visible = visible & (key > query - term.window)
-            score = torch.where(visible, score, hidden)
-        if term.mask is None:
-            return score
-        mask = self.value(term.mask, scope)
-        return torch.where(mask, score, hidden) if mask.dtype == torch.bool else score + mask.to(score.dtype)
+    def plain_keys(self, term: Attend, scope: _Scope) -> _Keys:
+        """The keys of an attention over all of s: its last t_extent positions are the queries."""
+        keys = self.enter([term.s], scope)
+        if term.mask_kind == "none":
+            return _Keys(keys, keys, None)
+        last: Expr = term.t + term.s.extent - term.t_extent
+        key, query = self.symbol(term.s.name, keys), self.index(last, scope)
+        visible = key <= query
+        if term.mask_kind == "window":
+            visible = visible & (key > query - term.window)
+        return _Keys(keys, keys, visible)
+
+    def cached_keys(self, term: Attend, scope: _Scope) -> _Keys:
+        """The keys of an attention over a cache, old ones first, then the new rows; s numbers them."""
+        assert term.past is not None
+        past = self.value(term.past, scope)
+        rows, capacity = evaluate(term.t_extent, self.sizes), evaluate(term.s.extent, self.sizes)
+        count = (int(past.max()) if past.numel() else 0) + rows
+        numbered = _Scope({**scope.extents, term.s.name: count}, scope.legal)
+        path = None
+        if term.path is not None and term.steps is not None:
+            along = self.enter([term.steps], scope)
+            path = self.spread(self.value(term.path, along), [term.steps], along)
+        number, window = self.symbol(term.s.name, numbered), term.window if term.mask_kind == "window" else 0
+        query, dims = self.index(term.t, scope), self.key_dims(term)
+        keys = number_keys(number, past, query, path, rows, capacity, window, dims)
+        legal = keys.visible if scope.legal is None else keys.visible & scope.legal
+        slots = replace(numbered, values={term.s.name: keys.slot})
+        positions = replace(numbered, legal=legal, values={term.s.name: keys.position})
+        self.kept_scopes += [slots, positions]
+        return _Keys(slots, positions, keys.visible)
+
+    def key_dims(self, term: Attend) -> KeyDims:
+        """The dimensions of the part's first batch axis and queries, and of the term's own axes."""
+        assert isinstance(self.part, AttentionPart)
+        step = -1 if term.steps is None else self.dimension[term.steps.name]
+        batch, query, key = (axis.name for axis in (self.part.batch[0], self.part.t, term.s))
+        return KeyDims(self.dimension[batch], self.dimension[query], self.dimension[key], step)
 
 
 _INDEX_OPS: Mapping[str, Callable[..., Tensor]] = {

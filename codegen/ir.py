@@ -8,7 +8,8 @@ values bound once per parallel point, and stores.  There are three kinds, one pe
     MatmulPart     for each tile of rows x n: contracts over k, then stores          linear, bmm, with pro- and epilogue
     AttentionPart  for each (batch, query row): online softmax over s, then stores   attention
 
-All buffers are contiguous and row-major.  No two stores of a kernel touch the same element; no load of a kernel
+All buffers are contiguous and row-major; one of role "update" is a caller's tensor of which some elements are
+overwritten: no part loads it.  No two stores of a kernel touch the same element; no load of a kernel
 reads an element that the kernel stores.  Empty extents are legal everywhere and mean: nothing to do (an empty
 `k` or fold axis gives the identity).
 """
@@ -29,13 +30,21 @@ from torchweld.graph.terms import Axis, Expr, Term, walk
 
 @dataclass(frozen=True)
 class Buffer:
-    """A kernel argument: contiguous, of `shape`; a stored weight is uint8 [..., row_bytes] with `format` set."""
+    """A kernel argument: contiguous, of `shape`; a stored weight is uint8 [..., row_bytes] with `format` set.
+
+    The kernel reads inputs and weights, writes all of an output, and some of an update (the rest of it stays).
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[Expr, ...]
-    role: Literal["input", "weight", "output"]
+    role: Literal["input", "weight", "output", "update"]
     format: str | None = None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the kernel stores to it."""
+        return self.role in ("output", "update")
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
         """Bytes of the whole buffer for given sizes."""

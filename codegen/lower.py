@@ -20,7 +20,15 @@ from torchweld.codegen.families.matmul import build_matmul_part
 from torchweld.codegen.families.row import build_row_part
 from torchweld.codegen.ir import Buffer, Indirect, Kernel, Part, Store, part_axes, part_terms
 from torchweld.codegen.naming import buffer_hint, kernel_name, unique
-from torchweld.codegen.pieces import Piece, anchor_path, carry_forward, pieces_of
+from torchweld.codegen.pieces import (
+    APPEND,
+    Piece,
+    anchor_path,
+    carry_forward,
+    in_place_problem,
+    pieces_of,
+    slot_of,
+)
 from torchweld.codegen.work import kernel_work
 from torchweld.graph.groups import Group, Work, kind_of
 from torchweld.graph.meaning import Meaning, Unsupported, rule_of
@@ -92,6 +100,8 @@ class Lowerer:
         for node in group.inside:
             args = fx.node.map_arg((node.args, node.kwargs), lambda n: number.get(n, n.meta.get("val")))
             lines.append(f"{number[node]} = {node.target}{args} {self._text(node)}")
+            if node.target is APPEND:
+                lines.append(in_place_problem(node) or "in place")
         lines.append(" ".join(number[node] for node in group.outputs))
         return "\n".join(lines)
 
@@ -148,7 +158,8 @@ def _store_piece(
     start: Index = tuple(axis.symbol for axis in axes)
     index = carry_forward(path, start, meaning.ranges) if path else start
     value = meaning.value(piece.node, index)
-    return _Stored(piece, axes, Store(buffers[piece.output], piece.place(index), value), anchor)
+    place = piece.place(index) if piece.past is None else slot_of(piece, index, meaning)
+    return _Stored(piece, axes, Store(buffers[piece.output], place, value), anchor)
 
 
 def _share_parts(stored: Sequence[_Stored], dependence: Dependence) -> list[list[_Stored]]:
@@ -226,7 +237,12 @@ def _finish(
     positions = tuple(i for i, node in enumerate(group.inputs) if names[node] in loaded)
     buffers = [_buffer(group.inputs[i], names, loaded) for i in positions]
     buffers += [
-        Buffer(f"{names[node]}_out", tensor_of(node).dtype, shape_of(node), "output")
+        Buffer(
+            f"{names[node]}_out",
+            tensor_of(node).dtype,
+            shape_of(node),
+            "update" if node.target is APPEND else "output",
+        )
         for node in group.outputs
     ]
     if len(buffers) > MAX_BUFFERS:

@@ -16,9 +16,17 @@ from torch import fx
 
 from torchweld.graph.groups import kind_of
 from torchweld.graph.index import ZERO, Ranges, reindex_reshape
-from torchweld.graph.meaning.context import Index, Unsupported, argument, normalize_dim, shape_of
+from torchweld.graph.meaning.context import (
+    Index,
+    Meaning,
+    Unsupported,
+    argument,
+    index_value,
+    normalize_dim,
+    shape_of,
+)
 from torchweld.graph.meaning.views import permuted_dims
-from torchweld.graph.terms import Expr
+from torchweld.graph.terms import Expr, cast, op
 
 aten = torch.ops.aten
 RESHAPES = frozenset({
@@ -28,6 +36,7 @@ RESHAPES = frozenset({
 PERMUTES = frozenset({
     aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default,
 })  # fmt: skip
+APPEND = torch.ops.torchweld.append_rows.default
 MAX_PIECES = (
     8  # each piece is a part, and a kernel has at most eight: a longer concatenation reads under guards
 )
@@ -35,15 +44,25 @@ MAX_PIECES = (
 
 @dataclass(frozen=True)
 class Piece:
-    """One store: `node`'s values go to `output`'s buffer, at an index that `place` derives from the node's index."""
+    """One store: `node`'s values go to `output`'s buffer, at an index that `place` derives from the node's index.
+
+    past: for rows appended to a cache, the node with the number of rows before them; row t goes to slot
+    (past + t) mod capacity instead.
+    """
 
     output: fx.Node
     node: fx.Node
     place: Callable[[Index], Index]
+    past: fx.Node | None = None
 
 
 def pieces_of(output: fx.Node, inside: Collection[fx.Node]) -> list[Piece]:
-    """The stores of one output: one, or one per tensor of a concatenation (written in place, side by side)."""
+    """The stores of one output: one, or one per tensor of a concatenation (written in place, side by side).
+
+    Unsupported names why rows cannot be appended to a cache in place.
+    """
+    if output.target is APPEND:
+        return [_appended(output)]
     if output.target not in (aten.cat.default, aten.concat.default, aten.stack.default):
         return [Piece(output, output, lambda index: index)]
     tensors = output.args[0]
@@ -63,6 +82,37 @@ def pieces_of(output: fx.Node, inside: Collection[fx.Node]) -> list[Piece]:
         pieces.append(Piece(output, tensor, _shift(dim, start)))
         start = start + shape[dim]
     return pieces
+
+
+def _appended(output: fx.Node) -> Piece:
+    cache, rows, past = output.args[:3]
+    problem = in_place_problem(output)
+    if problem is not None:
+        raise Unsupported(problem)
+    assert isinstance(cache, fx.Node) and isinstance(rows, fx.Node) and isinstance(past, fx.Node)
+    return Piece(output, rows, lambda index: index, past)
+
+
+def in_place_problem(output: fx.Node) -> str | None:
+    """Why the rows of an append_rows cannot be written into the cache itself; None if they can."""
+    cache, rows = output.args[:2]
+    if not isinstance(cache, fx.Node) or cache.op != "placeholder":
+        return f"the cache {cache} is computed, not given to the program: the rows go into a copy of it"
+    others = [user.name for user in cache.users if user is not output]
+    if rows is cache or others:
+        reader = output.name if rows is cache else others[0]
+        return f"{reader} reads the cache {cache.name} as it was before: the rows go into a copy of it"
+    return None
+
+
+def slot_of(piece: Piece, index: Index, meaning: Meaning) -> Index:
+    """The place of a row that is appended: (past + t) mod capacity, an index known only when the kernel runs."""
+    batch, head, row, feature = index
+    capacity = shape_of(piece.output)[2]
+    start = cast(meaning.value(piece.past, (batch,)), torch.int64)
+    position = op("add", start, index_value(row))
+    slot = meaning.declare_indirect(op("mod", position, index_value(capacity)), capacity)
+    return batch, head, slot, feature
 
 
 def _insert(dim: int, position: Expr) -> Callable[[Index], Index]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -37,12 +37,17 @@ class Launch:
     def written(self) -> tuple[str, ...]:
         """The values that the launch computes."""
         pairs = zip(self.kernel.buffers, self.arguments, strict=True)
-        return tuple(name for buffer, name in pairs if buffer.role == "output")
+        return tuple(name for buffer, name in pairs if buffer.is_written)
+
+    def updated(self) -> tuple[str, ...]:
+        """Those of the written values that are a tensor of the caller, changed in place."""
+        pairs = zip(self.kernel.buffers, self.arguments, strict=True)
+        return tuple(name for buffer, name in pairs if buffer.role == "update")
 
     def read(self) -> tuple[str, ...]:
         """The values that the launch reads."""
         pairs = zip(self.kernel.buffers, self.arguments, strict=True)
-        return tuple(name for buffer, name in pairs if buffer.role != "output")
+        return tuple(name for buffer, name in pairs if not buffer.is_written)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Plan:
 
     inputs: in call order.  constants: by name, used as they are.  values: specs of everything that steps compute.
     sizes: the size symbols; each must be the whole extent of some input dimension.
+    in_place: values that are an input after some of its elements were overwritten, and that input: the same memory.
     """
 
     inputs: tuple[ValueSpec, ...]
@@ -72,6 +78,7 @@ class Plan:
     steps: tuple[Step, ...]
     outputs: tuple[str, ...]
     sizes: tuple[str, ...]
+    in_place: Mapping[str, str] = field(default_factory=dict)
 
     def launches(self) -> tuple[Launch, ...]:
         """The launches in order."""
@@ -100,9 +107,25 @@ class Plan:
                 raise PlanError(f"{where} computes {twice}, which exist already")
             if isinstance(step, Launch) and (bare := [name for name in written if name not in self.values]):
                 raise PlanError(f"{where} computes {bare}, which have no ValueSpec")
+            if isinstance(step, Launch):
+                self._check_updates(number, step, where)
             known |= set(written)
         if missing := [name for name in self.outputs if name not in known]:
             raise PlanError(f"outputs {missing} are computed by no step")
+
+    def _check_updates(self, number: int, launch: Launch, where: str) -> None:
+        """Raise PlanError unless what a launch updates is an input that nothing else reads as it was before."""
+        inputs = {spec.name for spec in self.inputs}
+        for name in launch.updated():
+            source = self.in_place.get(name)
+            if source is None or source not in inputs:
+                raise PlanError(f"{where} updates {name}, which stands for no input")
+            if list(self.in_place.values()).count(source) > 1 or source in self.outputs:
+                raise PlanError(f"{where} updates {source}, whose old value is asked for as well")
+            for other, step in enumerate(self.steps):
+                reads = step.read() if isinstance(step, Launch) else step.arguments
+                if source in reads:
+                    raise PlanError(f"{where} updates {source}, which step {other} reads as it was before")
 
 
 class SizeTable:

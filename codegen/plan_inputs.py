@@ -34,6 +34,24 @@ def check_tensors(plan: Plan, inputs: Sequence[Tensor]) -> None:
             raise ShapeError(f"{where}: expected shape {_shape_text(spec)}, got {tuple(tensor.shape)}")
 
 
+def check_updated(plan: Plan, inputs: Sequence[Tensor]) -> None:
+    """Raise ValueError unless every input that is updated in place is contiguous and memory of its own."""
+    updated = set(plan.in_place.values())
+    seen: dict[int, str] = {}
+    for number, (spec, tensor) in enumerate(zip(plan.inputs, inputs, strict=True)):
+        if spec.name not in updated:
+            continue
+        where = f"input {number} ({spec.name}), which is updated in place"
+        if not tensor.is_contiguous():
+            strides = tuple(tensor.stride())
+            raise ValueError(
+                f"{where}: expected a contiguous tensor, got strides {strides}; call .contiguous()"
+            )
+        twin = seen.setdefault(tensor.data_ptr(), spec.name) if tensor.numel() else spec.name
+        if twin != spec.name:
+            raise ValueError(f"{where}: expected memory of its own, got that of {twin}")
+
+
 def bind_sizes(plan: Plan, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
     """The value of every size, from the input dimensions that are exactly it; every dimension is checked.
 

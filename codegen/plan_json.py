@@ -110,7 +110,7 @@ def _check_part(kernel: str, part: Part, buffers: Mapping[str, Buffer]) -> None:
     _check_terms(kernel, list(part_terms(part)), buffers, bound)
     for store in part.stores:
         buffer = buffers.get(store.buffer)
-        if buffer is None or buffer.role != "output" or len(buffer.shape) != len(store.index):
+        if buffer is None or not buffer.is_written or len(buffer.shape) != len(store.index):
             raise DamagedRecord(f"kernel {kernel}: a store to {store.buffer} fits no output")
 
 

@@ -20,18 +20,29 @@ import torch
 from torch import fx
 
 from torchweld.codegen.lower import LoweredGroup
+from torchweld.codegen.pieces import APPEND
 from torchweld.codegen.triton_text import SPELLINGS, Names, Value, index_text, literal
 from torchweld.graph.formats import get_format
 from torchweld.graph.formats.terms import decode_terms
 from torchweld.graph.groups import Group
 from torchweld.graph.meaning.context import size_expr
 from torchweld.graph.ops.attention import attention_reference, positional_visibility
+from torchweld.graph.ops.cached_attention import (
+    _ancestors,
+    append_rows_reference,
+    cached_attention_reference,
+)
 from torchweld.graph.ops.rope import rope_reference, rotate
 from torchweld.graph.partition import extract_group
 from torchweld.graph.terms import Const, Expr, IndexValue, Op, Term
 
 _INLINED: Mapping[str, tuple[str, tuple[Callable[..., object], ...]]] = {
     "attention": ("attention_reference", (positional_visibility, attention_reference)),
+    "append_rows": ("append_rows_reference", (append_rows_reference,)),
+    "cached_attention": (
+        "cached_attention_reference",
+        (positional_visibility, attention_reference, _ancestors, cached_attention_reference),
+    ),
     "rope": ("rope_reference", (rotate, rope_reference)),
 }
 _SYMBOLS = {
@@ -58,7 +69,9 @@ class Signature:
 def group_reference(group: Group, lowered: LoweredGroup, name: str = "reference") -> str:
     """`reference(inputs..., sizes...) -> outputs` of a lowered group, its parameters named as the kernel's buffers."""
     buffers = [b.name for b in lowered.kernel.buffers if b.role != "output"]
-    read = (group.inputs[position].name for position in lowered.input_positions)
+    read = [group.inputs[position].name for position in lowered.input_positions]
+    # An update is given by the tensor that it was before.
+    read += [str(node.args[0]) for node in group.outputs if node.target is APPEND]
     signature = Signature(dict(zip(read, buffers, strict=True)), lowered.kernel.sizes)
     return reference_source(extract_group(group).module, name, signature)
 
@@ -191,7 +204,7 @@ def plain_source(function: Callable[..., object]) -> str:
     node.returns = None
     for argument in node.args.args:
         argument.annotation = None
-    node.body = [s for s in node.body if not re.match(r"_check\(", ast.unparse(s))]
+    node.body = [s for s in node.body if not re.match(r"_check\w*\(", ast.unparse(s))]
     return ast.unparse(node)
 
 

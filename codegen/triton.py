@@ -217,7 +217,13 @@ def _launcher(
     sizes = ", ".join(kernel.sizes)
     first = f"{inputs[0]}.device" if inputs else '"cuda" if torch.cuda.is_available() else "cpu"'
     named = ", ".join(f"{name}={name}" for name in kernel.sizes)
-    both = ", ".join([*inputs, "*outputs", *([named] if named else [])])
+    in_order = [b.name for b in kernel.buffers if b.role != "output"] + [b.name for b in outputs]
+    if in_order == [b.name for b in kernel.buffers]:
+        buffers = [*inputs, "*outputs"]
+    else:
+        places = {b.name: f"outputs[{n}]" for n, b in enumerate(outputs)}
+        buffers = [places.get(b.name, b.name) for b in kernel.buffers]
+    both = ", ".join([*buffers, *([named] if named else [])])
     functions = [
         f"OUTPUTS = {tuple(b.name for b in outputs)!r}",
         _host_function("program_count", sizes, "How many programs a run takes.", [f"return {' + '.join(counts)}"]),
@@ -230,12 +236,19 @@ def _launcher(
             [*dot, "if programs > 0:", f"{_INDENT}{entry}[(programs,)]({', '.join(passed)})"],
         ),
         _host_function(
-            "launch", ", ".join([*inputs, *kernel.sizes]), f"Compute {', '.join(b.name for b in outputs)}.",
+            "launch", ", ".join([*inputs, *kernel.sizes]), _launch_summary(kernel),
             [f"outputs = allocate({sizes}{', ' if sizes else ''}device={first})",
              f"run({both}, programs=program_count({sizes}))", "return outputs"],
         ),
     ]  # fmt: skip
     return "\n\n\n".join(functions) + "\n"
+
+
+def _launch_summary(kernel: Kernel) -> str:
+    made = ", ".join(b.name for b in kernel.buffers if b.role == "output")
+    updated = ", ".join(b.name for b in kernel.buffers if b.role == "update")
+    parts = [f"compute {made}"] * bool(made) + [f"update {updated} in place"] * bool(updated)
+    return " and ".join(parts).capitalize() + "."
 
 
 def _host_function(name: str, parameters: str, summary: str, body: list[str]) -> str:

@@ -3,6 +3,7 @@
 Per block of keys: scores, cap, masks; the running maximum `top` and sum `total` are updated and what was summed so
 far is scaled by exp(old top - new top) (Milakov and Gimelshein, 2018; Dao et al., FlashAttention, 2022).  Key blocks
 that causal or window masks hide from the whole block of queries are skipped.  A query that sees no key gives 0.
+Over a cache, triton_cached.py says where the keys are and who sees them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,13 @@ import sympy
 import torch
 
 from torchweld.codegen.ir import AttentionPart, Schedule
+from torchweld.codegen.triton_cached import (
+    CachedKeys,
+    begin_keys,
+    print_positions,
+    slot_frame,
+    visible_keys,
+)
 from torchweld.codegen.triton_folds import FoldPrinter
 from torchweld.codegen.triton_frame import Dim, Frame, Group
 from torchweld.codegen.triton_matmul import as_dot_operand, ceil_div, dot_dtype, operand_frame, tile_operand
@@ -25,12 +33,24 @@ from torchweld.graph.terms import Attend
 
 @dataclass(frozen=True)
 class _Tiles:
-    """The frames' building blocks: queries down the rows, and the flat variables of d and the features."""
+    """The frames' building blocks: queries down the rows, and the flat variables of d and the features.
+
+    cached: what is known of the keys of a cache; None where the keys are all of s.
+    """
 
     queries: Frame
     d: Value
     q: Value
     features: tuple[Group, dict[str, Dim]]
+    cached: CachedKeys | None
+
+    def keys(
+        self, printer: FoldPrinter, frame: Frame, attend: Attend, s: Value, place: int, block: int
+    ) -> Frame:
+        """`frame` with a block of keys down the rows (place 0) or across the columns (place 1)."""
+        if self.cached is None:
+            return operand_frame(printer, frame, attend.s, s, place, block)
+        return slot_frame(printer, frame, attend, self.cached, s, place, block)
 
 
 def attend_of(part: AttentionPart) -> Attend:
@@ -58,7 +78,8 @@ def print_attention(printer: FoldPrinter, part: AttentionPart, schedule: Schedul
         q = tile_operand(printer, attend.q, attend.d, f"[{schedule.block_rows}, {d_block}]")
         q = writer.let("q", q)
     features = tile_group(printer, (part.feature,), f_block, "0", 1, part.feature.name)
-    _print_keys(printer, part, _Tiles(queries, d, q, features), schedule)
+    cached = begin_keys(printer, part, attend, schedule) if attend.past is not None else None
+    _print_keys(printer, part, _Tiles(queries, d, q, features, cached), schedule)
     with printer.within(queries.with_group(features[0], **features[1])):
         for store in part.stores:
             print_store(printer, store)
@@ -69,12 +90,14 @@ def _print_keys(printer: FoldPrinter, part: AttentionPart, tiles: _Tiles, schedu
     writer, attend = printer.writer, attend_of(part)
     rows, f_block = schedule.block_rows, padded_features(part.feature)
     names = {hint: writer.names.fresh(hint) for hint in ("top", "total", "mixed", "start")}
-    first, last = _visible_blocks(printer, part, schedule)
+    cached = tiles.cached
+    first, last = (cached.first, cached.last) if cached else _visible_blocks(printer, part, schedule)
     writer.line(f'{names["top"]} = tl.full([{rows}, 1], float("-inf"), tl.float32)')
     writer.line(f"{names['total']} = tl.zeros([{rows}, 1], tl.float32)")
     writer.line(f"{names['mixed']} = tl.zeros([{rows}, {f_block}], tl.float32)")
     with printer.captured() as lines:
-        s = writer.let(attend.s.name, Value(f"{names['start']} + tl.arange(0, {schedule.block_k})"))
+        number = f"{names['start']} + tl.arange(0, {schedule.block_k})"
+        s = writer.let(attend.s.name, Value(f"({number}).to(tl.int64)" if cached else number))
         scores = _print_scores(printer, attend, tiles, s, schedule)
         _print_update(printer, part, tiles, s, scores, names, schedule)
     writer.block(f"for {names['start']} in range({first}, {last}, {schedule.block_k}):", lines)
@@ -104,20 +127,22 @@ def _visible_blocks(printer: FoldPrinter, part: AttentionPart, schedule: Schedul
 def _print_scores(printer: FoldPrinter, attend: Attend, tiles: _Tiles, s: Value, schedule: Schedule) -> Value:
     """Scores of a block of keys, hidden ones at -inf."""
     writer, d_block = printer.writer, padded_features(attend.d)
-    keys_across = operand_frame(printer, printer.frame, attend.s, s, 1, schedule.block_k)
+    keys_across = tiles.keys(printer, printer.frame, attend, s, 1, schedule.block_k)
     key_frame = operand_frame(printer, keys_across, attend.d, tiles.d, 0, d_block)
     with printer.within(key_frame):
         k = tile_operand(printer, attend.k, attend.d, f"[{d_block}, {schedule.block_k}]")
         k = writer.let("k", k)
     dtype = dot_dtype(attend.q, attend.k)
     dot = f'tl.dot({as_dot_operand(tiles.q, dtype)}, {as_dot_operand(k, dtype)}, input_precision="ieee")'
-    frame = operand_frame(printer, tiles.queries, attend.s, s, 1, schedule.block_k)
+    frame = tiles.keys(printer, tiles.queries, attend, s, 1, schedule.block_k)
     dims = frozenset(frame.dims)
     scores = writer.let("scores", Value(f"{dot} * {attend.scale!r}", dims, is_atom=False))
     if attend.soft_cap > 0:
         writer.helpers["tanh"] = None
         cap = repr(attend.soft_cap)
         scores = writer.let("capped", Value(f"{cap} * tanh({scores.text} / {cap})", dims, is_atom=False))
+    if tiles.cached is not None:
+        return _hide_cached(printer, attend, tiles.cached, frame, scores, s, schedule)
     with printer.within(frame):
         if attend.mask is not None and attend.mask.dtype != torch.bool:
             scores = writer.let("biased", Value(f"{scores.text} + {printer.term(attend.mask).operand}", dims))
@@ -125,6 +150,23 @@ def _print_scores(printer: FoldPrinter, attend: Attend, tiles: _Tiles, s: Value,
     if not visible:
         return scores
     return writer.let("masked", Value(f'tl.where({visible}, {scores.text}, float("-inf"))', dims))
+
+
+def _hide_cached(
+    printer: FoldPrinter, attend: Attend, cached: CachedKeys, frame: Frame, scores: Value, s: Value, schedule: Schedule
+) -> Value:  # fmt: skip
+    """Scores of a block of a cache's keys, hidden ones at -inf; masks are read at the keys' positions."""
+    writer, dims = printer.writer, frozenset(frame.dims)
+    position = print_positions(printer, frame, attend, cached, s, schedule)
+    visible = writer.let("visible", Value(all_of(visible_keys(attend, cached, position)), dims))
+    if attend.mask is not None:
+        with printer.within(frame.with_value(attend.s.name, position)), printer.guarded(visible):
+            mask = printer.term(attend.mask)
+        if attend.mask.dtype == torch.bool:
+            visible = writer.let("unmasked", Value(f"{visible.text} & {mask.operand}", dims))
+        else:
+            scores = writer.let("biased", Value(f"{scores.text} + {mask.operand}", dims))
+    return writer.let("masked", Value(f'tl.where({visible.text}, {scores.text}, float("-inf"))', dims))
 
 
 def _visible(printer: FoldPrinter, attend: Attend, frame: Frame) -> str:
@@ -149,7 +191,7 @@ def _print_update(
     """One step of the running softmax."""
     writer, attend = printer.writer, attend_of(part)
     top, total, mixed = names["top"], names["total"], names["mixed"]
-    frame = operand_frame(printer, printer.frame, attend.s, s, 0, schedule.block_k)
+    frame = tiles.keys(printer, printer.frame, attend, s, 0, schedule.block_k)
     group, dims = tiles.features
     with printer.within(frame.with_group(group, **dims)):
         v = tile_operand(

@@ -97,7 +97,13 @@ def _attention_operations(part: AttentionPart) -> Expr:
 
 
 def buffer_bytes(buffer: Buffer, kernel: Kernel) -> Expr:
-    """Bytes of a buffer that the kernel touches: all of it, or the gathered rows of a table."""
+    """Bytes of a buffer that the kernel touches: all of it, the gathered rows of a table, the rows of an update."""
+    if buffer.role == "update":
+        written = [
+            (part, store) for part in kernel.parts for store in part.stores if store.buffer == buffer.name
+        ]
+        elements = sum((_extents(part_axes(part)) for part, _ in written), sympy.Integer(0))
+        return elements * buffer.dtype.itemsize
     whole = product(buffer.shape) * buffer.dtype.itemsize
     gathered = _gathered_rows(buffer, kernel)
     if gathered is None or not buffer.shape:
@@ -129,8 +135,8 @@ def _gathered_rows(buffer: Buffer, kernel: Kernel) -> Expr | None:
 
 def kernel_work(kernel: Kernel, cores: int) -> Work:
     """Bytes and operations of one launch, as expressions of the sizes."""
-    reads = sum((buffer_bytes(b, kernel) for b in kernel.buffers if b.role != "output"), sympy.Integer(0))
-    writes = sum((buffer_bytes(b, kernel) for b in kernel.buffers if b.role == "output"), sympy.Integer(0))
+    reads = sum((buffer_bytes(b, kernel) for b in kernel.buffers if not b.is_written), sympy.Integer(0))
+    writes = sum((buffer_bytes(b, kernel) for b in kernel.buffers if b.is_written), sympy.Integer(0))
     flops = sum((part_flops(part, cores) for part in kernel.parts), sympy.Integer(0))
     return Work(reads, writes, flops, len(kernel.parts))
 
@@ -151,7 +157,7 @@ def moved_and_minimum(kernel: Kernel, sizes: Mapping[str, int], l2_bytes: int) -
 
 def _passes_over(buffer: Buffer, kernel: Kernel, sizes: Mapping[str, int]) -> int:
     """How often a buffer that no cache holds is gone through."""
-    if buffer.role == "output":
+    if buffer.is_written:
         return 1
     passes = 0
     for part in kernel.parts:

@@ -71,12 +71,15 @@ class PositionTable:
 class SequenceAnalysis:
     """What a causal program does with its sequence axis.
 
-    tokens: the input with the sequence at axis 1, whose size is `symbol`.  along: every value with a sequence axis.
-    attentions: in graph order.  key_masks: additive masks that depend on the key's position alone (ALiBi), by
-    attention.  limit: the positions that tables and capture allow, None for no limit.  logits: the output.
+    tokens: the input with the sequence at axis 1, whose size is `symbol`; axis 0 is the `batch`, which is 1 or varies.
+    along: every value with a sequence axis.
+    attentions: in graph order.  key_masks: masks that depend on the key's position alone (ALiBi), by attention.
+    limit: the positions that tables and capture allow, None for no limit.  token_limit: rows of the smallest table that
+    the tokens index, None where they index none.  logits: the output.
     """
 
     tokens: fx.Node
+    batch: Expr
     symbol: Expr
     along: Mapping[fx.Node, Along]
     attentions: tuple[fx.Node, ...]
@@ -84,6 +87,7 @@ class SequenceAnalysis:
     sources: tuple[PositionSource, ...]
     tables: tuple[PositionTable, ...]
     limit: int | None
+    token_limit: int | None
     logits: fx.Node
 
 
@@ -92,6 +96,7 @@ class Scope:
     """What the rules of `sequence_rules` ask and tell while the graph is walked."""
 
     graph_module: fx.GraphModule
+    tokens: fx.Node
     symbol: Expr
     prover: Prover
     along: dict[fx.Node, Along] = field(default_factory=dict)
@@ -100,6 +105,7 @@ class Scope:
     sources: list[PositionSource] = field(default_factory=list)
     tables: list[PositionTable] = field(default_factory=list)
     limits: list[int] = field(default_factory=list)
+    token_limits: list[int] = field(default_factory=list)
 
     def of(self, argument: object) -> Along | None:
         """The sequence axis of an argument; None for uniform values, sizes and literals."""
@@ -141,10 +147,10 @@ class Scope:
 
 @dataclass(frozen=True)
 class Rule:
-    """How one op treats the sequence axis: the axis of its result, or Mixes. `sizes`: its size arguments may follow
-    the sequence length (a reshape), which a value may not."""
+    """How one op treats the sequence axis: the axis of its result (None where it has none), or Mixes. `sizes`: its size
+    arguments may follow the sequence length (a reshape), which a value may not."""
 
-    apply: Callable[[Scope, fx.Node], Along]
+    apply: Callable[[Scope, fx.Node], Along | None]
     sizes: bool = False
 
 
@@ -158,14 +164,14 @@ def walk_sequence(program: Program, rule_of: RuleOf) -> SequenceAnalysis | Refus
         return tokens
     batch, symbol = shape_of(tokens)[:2]
     prover = make_prover(program.graph_module, Extents(batch, sympy.Integer(1), symbol, symbol))
-    scope = Scope(program.graph_module, symbol, prover, {tokens: Along(1, tokens=True)})
+    scope = Scope(program.graph_module, tokens, symbol, prover, {tokens: Along(1, tokens=True)})
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         try:
             found = _follow(scope, node, rule_of)
         except Mixes as problem:
-            return Refusal(str(problem), node)
+            return _unproved_mask(node) or Refusal(str(problem), node)
         if found is not None:
             scope.along[node] = found
     logits = _find_logits(program, scope)
@@ -176,8 +182,8 @@ def walk_sequence(program: Program, rule_of: RuleOf) -> SequenceAnalysis | Refus
     highest = [size.high for size in program.sizes if size.dim == 1 and size.high is not None]
     limit = min([*scope.limits, *highest], default=None)
     return SequenceAnalysis(
-        tokens, symbol, scope.along, tuple(scope.attentions), scope.key_masks, tuple(scope.sources),
-        tuple(scope.tables), limit, logits,
+        tokens, batch, symbol, scope.along, tuple(scope.attentions), scope.key_masks, tuple(scope.sources),
+        tuple(scope.tables), limit, min(scope.token_limits, default=None), logits,
     )  # fmt: skip
 
 
@@ -193,7 +199,32 @@ def find_tokens(program: Program) -> fx.Node | Refusal:
         given = ", ".join(map(str, shape))
         expected = f"the sequence must be axis 1 of {read[0].name} and vary: capture it as dynamic"
         return Refusal(f"{expected}; its shape is [{given}]", read[0])
+    if not isinstance(shape[0], sympy.Symbol) and shape[0] != 1:
+        reason = f"the batch of {read[0].name} is fixed at {shape[0]}: a step runs all rows as a batch of 1"
+        return Refusal(reason, read[0])
     return read[0]
+
+
+def _unproved_mask(node: fx.Node) -> Refusal | None:
+    """The attention that reads `node` in its mask, if that is all that `node` is for: what pairs positions there is
+    right, but no proof has reduced it to causal or a window."""
+    seen, pending = {node}, [node]
+    while pending:
+        for user in pending.pop().users:
+            if "mask_name" in user.meta:
+                if user.args[3] not in seen:
+                    return None
+                name, proof = user.meta["mask_name"], user.meta["mask_proof"]
+                kind = (
+                    "attention without a causal mask"
+                    if user.args[4] == "none"
+                    else "attention with a tensor mask"
+                )
+                return Refusal(f"{kind}, it is {name}: {proof}", user)
+            if user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return None
 
 
 def describe_refusal(refusal: Refusal) -> str:
@@ -245,6 +276,8 @@ def _follow(scope: Scope, node: fx.Node, rule_of: RuleOf) -> Along | None:
         if line is None:
             raise
         found = line
+    if found is None:
+        return None
     _check_axes(scope, node, shapes, found)
     return found
 

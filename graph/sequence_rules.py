@@ -70,15 +70,17 @@ def _pointwise(scope: Scope, node: fx.Node) -> Along:
     return _aligned(scope, node, node.all_input_nodes)
 
 
-def _uniform(scope: Scope, node: fx.Node) -> Along:
-    """A factory: the same number everywhere."""
+def _uniform(scope: Scope, node: fx.Node) -> Along | None:
+    """A factory: the same number everywhere. What it is called on gives it dtype and device only."""
     axes = scope.axes(node)
+    if not axes:
+        return None
     if len(axes) != 1:
         raise Mixes(f"{op_name(node)} makes pairs of positions")
     return Along(axes[0], tokens=False)
 
 
-def _expand(scope: Scope, node: fx.Node) -> Along:
+def _expand(scope: Scope, node: fx.Node) -> Along | None:
     return _uniform(scope, node) if scope.of(node.args[0]) is None else _aligned(scope, node, node.args[:1])
 
 
@@ -92,6 +94,8 @@ def _embedding(scope: Scope, node: fx.Node) -> Along:
     if scope.of(table) is not None or along is None or not isinstance(places, fx.Node):
         raise Mixes(f"{op_name(node)} looks up a table that depends on the sequence")
     _note_limit(scope, table, places, along)
+    if places is scope.tokens and isinstance(table, fx.Node):
+        scope.token_limits.append(int(shape_of(table)[0]))
     return along
 
 
@@ -222,7 +226,7 @@ def _mixing(node: fx.Node) -> str:
     return f"{name} over the sequence axis: a later token changes earlier outputs"
 
 
-def _reshape(scope: Scope, node: fx.Node) -> Along:
+def _reshape(scope: Scope, node: fx.Node) -> Along | None:
     """The axis of the result with the same stride in row-major order that the sequence has as its minor factor."""
     source: Any = node.args[0]
     along = scope.of(source)
@@ -292,7 +296,7 @@ def _cat(scope: Scope, node: fx.Node) -> Along:
     raise Mixes(f"{op_name(node)} puts other values in front of or behind the positions of the sequence")
 
 
-def _repeat(scope: Scope, node: fx.Node) -> Along:
+def _repeat(scope: Scope, node: fx.Node) -> Along | None:
     source: Any = node.args[0]
     if scope.of(source) is None:
         return _uniform(scope, node)

@@ -19,7 +19,7 @@ A term is a DAG of immutable nodes that are shared by identity: printers give ev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import sympy
@@ -146,6 +146,14 @@ class Attend(Term):
     The query position is `t`, the number of queries `t_extent`; key j is visible if `mask_kind` says so:
     "none"; "causal": j <= t + S - T; "window": causal and j > t + S - T - window.  `mask` over (…, t, s) is applied
     on top: bool (True is visible) or an additive float.  A row that sees nothing gives 0.
+
+    Over a cache (`past` over the first batch axis is given; "causal" or "window"): the keys are numbered by position,
+    and s counts them in `mask`; k and v have the key of position j in slot j mod S.  Query t stands at position
+    past + t.  In a tree (`path` over the first batch axis, t and `steps`, T of them) it stands at past + depth, and
+    what it sees from position past on are its ancestors: position past + i is new row path[t, i], in slot
+    (past + path[t, i]) mod S; path[t, depth] is t, and -1 comes behind it.
+
+    share: that many neighbouring heads (the last batch axis) read the same keys and values.
     """
 
     s: Axis
@@ -160,6 +168,10 @@ class Attend(Term):
     soft_cap: float
     t: Expr
     t_extent: Expr
+    past: Term | None = None
+    path: Term | None = None
+    steps: Axis | None = None
+    share: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +218,8 @@ def children(term: Term) -> tuple[Term, ...]:
         case Contract():
             return (term.a, term.b)
         case Attend():
-            return (term.q, term.k, term.v) if term.mask is None else (term.q, term.k, term.v, term.mask)
+            optional = (term.mask, term.past, term.path)
+            return (term.q, term.k, term.v, *(operand for operand in optional if operand is not None))
         case _:
             return ()
 
@@ -250,7 +263,7 @@ def bound_axes(term: Term) -> tuple[Axis, ...]:
         case Contract():
             return (term.k,)
         case Attend():
-            return (term.s, term.d)
+            return (term.s, term.d) if term.steps is None else (term.s, term.d, term.steps)
         case _:
             return ()
 
@@ -294,11 +307,10 @@ def rebuild(
         case Contract():
             return Contract(term.dtype, term.k, *new_children)
         case Attend():
-            q, k, v, *mask = new_children
-            return Attend(
-                term.dtype, term.s, term.d, q, k, v, mask[0] if mask else None, term.mask_kind, term.window,
-                term.scale, term.soft_cap, index(term.t), term.t_extent,
-            )  # fmt: skip
+            q, k, v, *rest = new_children
+            optional = (term.mask, term.past, term.path)
+            mask, past, path = (None if operand is None else rest.pop(0) for operand in optional)
+            return replace(term, q=q, k=k, v=v, mask=mask, past=past, path=path, t=index(term.t))
         case _:
             return term
 
@@ -359,7 +371,8 @@ def _own_fields(term: Term) -> tuple[object, ...]:
             return (term.k,)
         case Attend():
             positions = (term.mask_kind, term.window, term.t, term.t_extent)
-            return (term.s, term.d, term.mask is None, term.scale, term.soft_cap, *positions)
+            operands = (term.mask is None, term.past is None, term.path is None, term.steps, term.share)
+            return (term.s, term.d, term.scale, term.soft_cap, *positions, *operands)
         case _:
             return ()
 

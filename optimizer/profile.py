@@ -167,9 +167,8 @@ class KernelTimer:
         inputs = [buffer for buffer in kernel.buffers if buffer.role != "output"]
         outputs = [buffer for buffer in kernel.buffers if buffer.role == "output"]
         try:
-            executable = Executable(
-                _single_plan(kernel, inputs, outputs, self.sizes), threads=self.threads, cache=self.cache
-            )
+            plan = self._with_weights(_single_plan(kernel, inputs, outputs, self.sizes), inputs)
+            executable = Executable(plan, threads=self.threads, cache=self.cache)
         except BuildError:
             return float("inf")
         tensors = [_random(spec, self.sizes) for spec in executable.plan.inputs]
@@ -181,18 +180,27 @@ class KernelTimer:
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds) * 1e6
 
+    def _with_weights(self, plan: Plan, inputs: Sequence[Buffer]) -> Plan:
+        """The plan with stored weights as constants, so that they are packed as in the whole program."""
+        stored = {buffer.name for buffer in inputs if buffer.format is not None}
+        weights = {spec.name: _random(spec, self.sizes) for spec in plan.inputs if spec.name in stored}
+        rest = tuple(spec for spec in plan.inputs if spec.name not in stored)
+        return replace(plan, inputs=rest, constants=weights)
+
 
 def _single_plan(
     kernel: Kernel, inputs: Sequence[Buffer], outputs: Sequence[Buffer], sizes: Mapping[str, int]
 ) -> Plan:
     """A plan of one launch; a one-element-per-size input binds sizes that no buffer has as a whole dimension."""
-    specs = [ValueSpec(buffer.name, buffer.dtype, buffer.shape) for buffer in inputs]
+    updated = {buffer.name: f"{buffer.name}_before" for buffer in inputs if buffer.role == "update"}
+    specs = [ValueSpec(updated.get(b.name, b.name), b.dtype, b.shape) for b in inputs]
     bound = {extent.name for spec in specs for extent in spec.shape if isinstance(extent, Symbol)}
     loose = [name for name in kernel.sizes if name not in bound]
     specs += [ValueSpec(f"size_of_{name}", torch.bool, (size_symbol(name),)) for name in loose]
+    outputs = [*outputs, *(buffer for buffer in inputs if buffer.name in updated)]
     values = {b.name: ValueSpec(b.name, b.dtype, b.shape) for b in outputs}
     launch = Launch(kernel, tuple(buffer.name for buffer in kernel.buffers))
-    return Plan(tuple(specs), {}, values, (launch,), tuple(values), kernel.sizes)
+    return Plan(tuple(specs), {}, values, (launch,), tuple(values), kernel.sizes, updated)
 
 
 def _random(buffer: ValueSpec, sizes: Mapping[str, int]) -> Tensor:

@@ -1,53 +1,54 @@
-"""Derive the step graph of a causal program: new tokens and the cached keys and values in, logits and new rows out.
+"""Derive the step graph of a causal program: new tokens and caches in, logits of chosen rows and the caches out.
 
 before:  logits = f(ids[B, S])                                   attention(q, k, v, "causal")
-after:   logits, k', v' = f(ids[B, T], k[P, B, H, D], v[P, B, H, D])
-                                                                 attention(q, cat(k, k'), cat(v, v'), "causal")
+after:   logits, caches = f(ids[B, T], past[B], positions[B, T], rows[R], caches[B, H, C, D]...)
+             keys = append_rows(keys, k, past);  values = append_rows(values, v, past)
+             cached_attention(q, keys, values, past, path, mask, "causal")
 why:     a token then costs one row of every matmul instead of S rows
 legal:   position t of every value depends on position t alone (graph/sequence_rules.py), but for attention with a
          mask proved causal or window; positions are lines of arange, tables are sliced from their start
 source:  TensorRT-LLM AutoDeploy, insert_cached_attention; the proof in place of its pattern list is ours
 
-One graph serves prefill (P = 0), one token and many. Rows come first in a cache tensor, so that the first P rows
-of a larger buffer are contiguous. Only the logits of the last position are computed unless all are asked for.
+The same proof lets the rows of all sequences lie behind each other in a batch of one (`step_copy`):
+positions become an input, sequences need not be equally long, and only around attention the rows are seen as
+[B, H, T, D]. One graph serves prefill, one token, many, and (with `path`) a tree. docs/decisions/0006 says why.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from functools import partial
+from typing import Any, Final
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
-from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-from torchweld.graph.edit import drop_unused_tensors, erase_dead, insert_node
-from torchweld.graph.edit import replace as replace_node
-from torchweld.graph.match import MAX_INDEX, aten, dim_key, is_tensor, tensor_of
+from torchweld.graph.edit import drop_unused_tensors, erase_dead
+from torchweld.graph.match import aten, dim_key, shape_of, tensor_of
+from torchweld.graph.ops import cached_attention as cached_attention_op
 from torchweld.graph.program import Program, SizeRange
 from torchweld.graph.rewrite import Exactness, Refusal
 from torchweld.graph.sequence import SequenceAnalysis
 from torchweld.graph.sequence_rules import analyse_sequence
+from torchweld.passes.step_copy import NAME, Stand, StepCopier
+from torchweld.passes.step_inputs import CacheShape, StepInputs, add_path_input, add_step_inputs
 
-NAME: Final = "rewrite_kv_cache"
+__all__ = ["EXACTNESS", "NAME", "LayerState", "StepProgram", "derive_step", "with_tree"]
+
 EXACTNESS: Exactness = "reassoc"
-
-LogitsFor = Literal["last", "all"]
-# A prime that no traced size equals, so that no comparison with the past comes out true by coincidence.
-TRACED_PAST: Final = 37
-ROWS_FIRST: Final = [2, 0, 1, 3]  # [B, H, P, D] -> [P, B, H, D]
-HEADS_FIRST: Final = [1, 2, 0, 3]
+HEADS_TO_ROWS: Final = [0, 2, 1, 3]  # [B, H, T, D] <-> [B, T, H, D]
+APPEND: Final = torch.ops.torchweld.append_rows.default
+CACHED_ATTENTION: Final = torch.ops.torchweld.cached_attention.default
+# Importing it is what registers the ops.
+OPERATOR_FILES: Final = (cached_attention_op.__name__,)
 
 
 @dataclass(frozen=True)
 class LayerState:
-    """What one attention keeps: keys [P, B, heads, key_features] and values [P, B, heads, value_features].
+    """What one attention keeps: keys [B, heads, C, key_features] and values [B, heads, C, value_features].
 
-    A window layer needs `window` rows; today it keeps all of them.  `mask_proof` says how the mask was proved.
+    kind "causal" keeps every position (window 0), "window" the last `window`; `mask_proof`: how the mask was proved.
     """
 
     attention: str
@@ -61,60 +62,69 @@ class LayerState:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one position of one batch row adds."""
+        """Bytes that one position of one sequence adds."""
         return self.heads * (self.key_features + self.value_features) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class StepProgram:
-    """A program (ids [B, T], (k0, v0, k1, v1, ...)) -> (logits [B, 1 or T, V], (new rows of k0, of v0, ...)).
+    """A program of the signature above: (logits [1, R, V], caches) of the inputs of passes/step_inputs.py.
 
-    limit: how many positions the model's tables and the capture allow; None where nothing limits them.
+    states: one per pair of caches, in order; those of equal kind and window share a capacity.  limit: positions that
+    the model's tables and the capture allow; None where nothing limits them.  vocabulary: V.  token_limit: tokens that
+    the model's embedding has; None where it is unknown.  is_tree: the program has the input `path`.
     """
 
     program: Program
     states: tuple[LayerState, ...]
     limit: int | None
-    logits: LogitsFor
+    vocabulary: int
+    token_limit: int | None
+    is_tree: bool
 
 
-def derive_step(program: Program, logits: LogitsFor = "last") -> StepProgram | Refusal:
+def derive_step(program: Program) -> StepProgram | Refusal:
     """The step program of a canonicalised and recognised causal program, which stays as it is; or why there is none.
 
-    The refusal names the first node that has no place in a causal step (a node of a copy of the graph).
+    The refusal names the first node that has no place in a causal step. `with_tree` makes the variant for trees.
     """
-    step = program.copied()
-    found = analyse_sequence(step)
+    found = analyse_sequence(program)
     if isinstance(found, Refusal):
         return found
-    tail = _find_tail(step.graph, found) if logits == "last" else []
-    _drop_unread_inputs(step.graph)
+    refusal = _check_states(found)
+    if refusal is not None:
+        return refusal
     pairs = _cached_pairs(found)
     states = tuple(_describe(found, pair) for pair in pairs)
-    pasts = _add_pasts(step, found.tokens, pairs)
-    sizes = _insert_sizes(step.graph, found.tokens, pasts[0])
-    for attention, mask in found.key_masks.items():
-        copier = _Copier(found, {}, sizes.total, attention)
-        attention.update_arg(3, copier.copy(mask))
-    _shift_positions(step.graph, found, sizes)
-    past_of = dict(zip(pairs, zip(pasts[::2], pasts[1::2], strict=True), strict=True))
-    _read_pasts(step.graph, found, past_of)
-    rows = [_insert_view(node, ROWS_FIRST, step.graph.output_node()) for pair in pairs for node in pair]
-    result = _last_only(step.graph, found, tail, sizes) if logits == "last" else found.logits
-    step.graph.output_node().args = ((result, *rows),)
-    erase_dead(step.graph)
-    step.graph_module.recompile()
-    drop_unused_tensors(step.graph_module)
-    return StepProgram(_with_signature(step, found.tokens, pasts), states, found.limit, logits)
+    graph = fx.Graph()
+    shapes = [_shape(found, pair) for pair in pairs]
+    inputs = add_step_inputs(graph, tensor_of(found.tokens), shapes, made_by=NAME, like=found.tokens)
+    results = _StepWriter(found, program.graph_module, inputs, pairs).write()
+    graph.output_node().args = (tuple(results),)
+    erase_dead(graph)
+    graph.lint()
+    step = fx.GraphModule(program.graph_module, graph)
+    drop_unused_tensors(step)
+    vocabulary = shape_of(found.logits)[2]
+    signed = _with_signature(program, step, inputs)
+    return StepProgram(signed, states, found.limit, int(vocabulary), found.token_limit, is_tree=False)
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Nodes of the step graph: past P, new tokens T, P + T."""
-
-    past: fx.Node
-    new: fx.Node
-    total: fx.Node
+def with_tree(step: StepProgram) -> StepProgram:
+    """The same step with the input `path` int64 [B, T, T] behind `rows`: the new rows are a tree."""
+    program = step.program.copied()
+    ids, _, _, rows, *_ = program.placeholders
+    path = add_path_input(program.graph, ids, rows, made_by=NAME)
+    for attention in program.graph.find_nodes(op="call_function", target=CACHED_ATTENTION):
+        attention.update_arg(4, path)
+    program.graph.lint()
+    program.graph_module.recompile()
+    *plain, caches = program.parameters
+    names = (*plain, path.name, caches)
+    leaves = tuple(node.name for node in program.placeholders)
+    in_spec = pytree.tree_structure(((*leaves[:5], leaves[5:]), {}))
+    signed = replace(program, in_spec=in_spec, parameters=names)
+    return replace(step, program=signed, is_tree=True)
 
 
 Pair = tuple[fx.Node, fx.Node]
@@ -126,111 +136,174 @@ def _cached_pairs(found: SequenceAnalysis) -> list[Pair]:
     return list(dict.fromkeys(pairs))  # type: ignore[arg-type]  # the analysis saw that both are nodes
 
 
-def _drop_unread_inputs(graph: fx.Graph) -> None:
-    """Inputs that the graph does not read, such as a flag, are no inputs of a step."""
-    for node in graph.find_nodes(op="placeholder"):
-        if not node.users:
-            graph.erase_node(node)
-
-
-def _add_pasts(step: Program, tokens: fx.Node, pairs: list[Pair]) -> list[fx.Node]:
-    """One input per cached tensor, [P, B, heads, features], all with one new size symbol P >= 0."""
-    mode = step.fake_mode
-    environment = mode.shape_env
-    assert environment is not None  # the sequence of the tokens is symbolic, which the analysis has seen
-    source = ConstantSource("past_length")
-    symbol = environment.create_symbol(
-        TRACED_PAST, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
-    )
-    past = environment.create_symintnode(symbol, hint=TRACED_PAST, source=source)
-    inputs: list[fx.Node] = []
-    last = tokens
-    for number, pair in enumerate(pairs):
-        for name, node in zip(("key", "value"), pair, strict=True):
-            like = tensor_of(node)
-            with step.graph.inserting_after(last):
-                last = step.graph.placeholder(f"past_{name}_{number}")
-            with mode:
-                shape = (past, tensor_of(tokens).shape[0], like.shape[1], like.shape[3])
-                last.meta["val"] = torch.empty(shape, dtype=like.dtype, device=like.device)
-            last.meta["made_by"] = NAME
-            inputs.append(last)
-    return inputs
-
-
-def _insert_sizes(graph: fx.Graph, tokens: fx.Node, past: fx.Node) -> _Sizes:
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    length = insert_node(graph, first, aten.sym_size.int, (past, 0), made_by=NAME, like=tokens)
-    new = insert_node(graph, first, aten.sym_size.int, (tokens, 1), made_by=NAME, like=tokens)
-    total = insert_node(graph, first, operator.add, (length, new), made_by=NAME, like=tokens)
-    return _Sizes(length, new, total)
-
-
-def _shift_positions(graph: fx.Graph, found: SequenceAnalysis, sizes: _Sizes) -> None:
-    """Let every position source start where the past ends."""
-    for source in found.sources:
-        node, slope = source.node, source.line.slope
-        shift = sizes.past
-        if slope != 1:
-            shift = insert_node(graph, node.next, operator.mul, (sizes.past, slope), made_by=NAME, like=node)
-        moved = insert_node(graph, node.next, aten.add.Tensor, (node, shift), made_by=NAME, like=node)
-        if shift is not sizes.past:
-            moved.prepend(shift)
-        replace_node(node, moved)
-    for table in found.tables:
-        node = table.node
-        start = sizes.past
-        if table.start:
-            start = insert_node(graph, node, operator.add, (sizes.past, table.start), made_by=NAME, like=node)
-        end = insert_node(graph, node, operator.add, (start, sizes.new), made_by=NAME, like=node)
-        node.args, node.kwargs = (node.args[0], table.axis, start, end), {}
-
-
-def _read_pasts(graph: fx.Graph, found: SequenceAnalysis, past_of: Mapping[Pair, Pair]) -> None:
-    """Let every attention read the past in front of the new rows; its mask counts positions from the last key."""
-    joined: dict[Pair, tuple[fx.Node, ...]] = {}
+def _check_states(found: SequenceAnalysis) -> Refusal | None:
+    """A mask that counts positions needs every position: it has no place in a ring. A cache has one dtype."""
     for attention in found.attentions:
-        key: Any = attention.args[1]
-        value: Any = attention.args[2]
-        pair: Pair = (key, value)
-        if pair not in joined:
-            joined[pair] = tuple(
-                _insert_joined(graph, attention, past, new)
-                for past, new in zip(past_of[pair], pair, strict=True)
+        key, value = (tensor_of(node) for node in attention.args[1:3])  # type: ignore[arg-type]
+        if key.dtype != value.dtype:
+            return Refusal(f"keys are {key.dtype} and values {value.dtype}: a cache has one dtype", attention)
+        if attention.args[4] == "window" and attention.args[3] is not None:
+            return Refusal(
+                "a tensor mask on top of a window: positions that left the ring have no entry", attention
             )
-        for place, node in enumerate(joined[pair], start=1):
-            attention.update_arg(place, node)
+    return None
 
 
-def _insert_joined(graph: fx.Graph, before: fx.Node, past: fx.Node, new: fx.Node) -> fx.Node:
-    """[B, heads, P + T, features]: the past and the new rows."""
-    parts = [_insert_view(past, HEADS_FIRST, before), new]
-    return insert_node(graph, before, aten.cat.default, (parts, 2), made_by=NAME, like=new)
+def _widest(found: SequenceAnalysis, pair: Pair) -> fx.Node:
+    """The reader of a pair that decides what is kept."""
+    readers = [attention for attention in found.attentions if attention.args[1:3] == pair]
+    return max(readers, key=lambda reader: (reader.args[4] == "causal", reader.args[5]))
 
 
-def _insert_view(node: fx.Node, order: list[int], before: fx.Node) -> fx.Node:
-    return insert_node(before.graph, before, aten.permute.default, (node, order), made_by=NAME, like=node)
+def _shape(found: SequenceAnalysis, pair: Pair) -> CacheShape:
+    state = _describe(found, pair)
+    group = state.window if state.kind == "window" else 0
+    return CacheShape(group, state.heads, state.key_features, state.value_features, state.dtype)
 
 
-def _find_tail(graph: fx.Graph, found: SequenceAnalysis) -> list[fx.Node]:
-    """[cut, node, node, ...]: the earliest value behind the last attention through which alone the logits follow
-    the sequence, and the nodes from there to the logits. Only the last position of all these is ever read."""
+def _describe(found: SequenceAnalysis, pair: Pair) -> LayerState:
+    widest = _widest(found, pair)
+    key, value = (tensor_of(node) for node in pair)
+    kind, window = str(widest.args[4]), widest.args[5]
+    return LayerState(
+        attention=widest.name,
+        kind=kind,
+        window=int(window) if kind == "window" else 0,  # type: ignore[arg-type]
+        heads=int(key.shape[1]),
+        key_features=int(key.shape[3]),
+        value_features=int(value.shape[3]),
+        dtype=key.dtype,
+        mask_proof=str(widest.meta.get("mask_proof", "")),
+    )
+
+
+class _StepWriter:
+    """Writes the step graph behind its inputs."""
+
+    def __init__(
+        self, found: SequenceAnalysis, source: fx.GraphModule, inputs: StepInputs, pairs: list[Pair]
+    ) -> None:
+        self.found, self.source, self.inputs = found, source, inputs
+        self.graph = inputs.ids.graph
+        self.caches = dict(zip(pairs, inputs.caches, strict=True))
+        self.appended: dict[Pair, tuple[fx.Node, ...]] = {}
+        self.by_key: StepCopier | None = None
+        known = {found.tokens: inputs.packed}
+        self.rows = StepCopier(found, source, self.graph, inputs.length, inputs.flat_positions, known)
+        for attention in found.attentions:
+            operands: Any = attention.args[:3]
+            self.rows.stands[attention] = Stand(operands, partial(self._attention, attention))
+
+    def write(self) -> list[fx.Node]:
+        """The outputs: logits of the chosen rows, then the caches."""
+        logits = self._chosen_logits()
+        # An attention that the logits do not read has a cache all the same: the signature is that of the states.
+        for attention in self.found.attentions:
+            self.rows.copy(attention)
+        return [logits, *(node for pair in self.caches for node in self.appended[pair])]
+
+    def _attention(self, attention: fx.Node) -> fx.Node:
+        """Append the new rows, attend to the cache, and go back to packed rows."""
+        make = partial(self.rows.make, like=attention)
+        query, key, value, _, kind, window, scale, soft_cap = attention.args
+        pair: Any = (key, value)
+        if pair not in self.appended:
+            self.appended[pair] = tuple(
+                make(APPEND, cache, self._by_sequence(self.rows.known[new], attention), self.inputs.past)
+                for cache, new in zip(self.caches[pair], pair, strict=True)
+            )
+        keys, values = self.appended[pair]
+        mask = self._key_mask(attention)
+        read = self._by_sequence(self.rows.known[query], attention)  # type: ignore[index]
+        options = (kind, window if kind == "window" else 0, scale, soft_cap)
+        mixed = make(CACHED_ATTENTION, read, keys, values, self.inputs.past, None, mask, *options)
+        _, heads, _, features = tensor_of(mixed).shape
+        packed = make(
+            aten.reshape.default, make(aten.permute.default, mixed, HEADS_TO_ROWS),
+            [1, self.inputs.length, int(heads), int(features)],
+        )  # fmt: skip
+        return make(aten.permute.default, packed, HEADS_TO_ROWS)
+
+    def _by_sequence(self, packed: fx.Node, like: fx.Node) -> fx.Node:
+        """[1, H, B * T, D] as [B, H, T, D]."""
+        make = partial(self.rows.make, like=like)
+        _, heads, _, features = tensor_of(packed).shape
+        shape = [self.inputs.batch, self.inputs.new, int(heads), int(features)]
+        rows = make(aten.reshape.default, make(aten.permute.default, packed, HEADS_TO_ROWS), shape)
+        return make(aten.permute.default, rows, HEADS_TO_ROWS)
+
+    def _key_mask(self, attention: fx.Node) -> fx.Node | None:
+        """A mask by the position of the key, computed again for all positions that the cache has room for."""
+        mask = attention.args[3]
+        if not isinstance(mask, fx.Node):
+            return None
+        if attention not in self.found.key_masks:
+            copy: fx.Node = self.rows.copy(mask)
+            return copy
+        if self.by_key is None:
+            self.by_key = self._key_copier(attention)
+        by_key: fx.Node = self.by_key.copy(mask)
+        return by_key
+
+    def _key_copier(self, attention: fx.Node) -> StepCopier:
+        """Copies with one row per slot of a cache that keeps everything; all of these have one capacity."""
+        make = partial(self.rows.make, like=attention)
+        # The cache, not what is appended to it: sizes must not wait for rows.
+        cache = self.caches[(attention.args[1], attention.args[2])][0]  # type: ignore[index]
+        capacity = make(aten.sym_size.int, cache, 2)
+        places = make(aten.arange.default, capacity, device=tensor_of(cache).device)
+        if self.found.limit is not None:
+            places = make(aten.clamp.default, places, None, self.found.limit - 1)
+        return StepCopier(self.found, self.source, self.graph, capacity, places, self._shared())
+
+    def _shared(self) -> dict[fx.Node, Any]:
+        """Copies that do not follow the sequence, and so serve any number of rows."""
+        along, symbol = self.found.along, self.found.symbol
+
+        def follows(node: fx.Node) -> bool:
+            value = node.meta.get("val")
+            return isinstance(value, torch.SymInt) and symbol in value.node.expr.free_symbols
+
+        return {
+            node: copy for node, copy in self.rows.known.items() if node not in along and not follows(node)
+        }
+
+    def _chosen_logits(self) -> fx.Node:
+        """The logits [1, R, V]: everything behind the last attention runs for the chosen rows only."""
+        found, inputs = self.found, self.inputs
+        cut = _find_cut(found)
+        axis = found.along[cut].axis
+        rows = self.rows.make(aten.index_select.default, self.rows.copy(cut), axis, inputs.rows, like=cut)
+        places = self.rows.make(aten.index_select.default, inputs.flat_positions, 0, inputs.rows, like=cut)
+        known = {**self._shared(), cut: rows}
+        copier = StepCopier(found, self.source, self.graph, inputs.chosen, places, known)
+        logits: fx.Node = copier.copy(found.logits)
+        return logits
+
+
+def _find_cut(found: SequenceAnalysis) -> fx.Node:
+    """The earliest value behind the last attention through which alone the logits follow the tokens: only the chosen
+    rows of it are ever read."""
     needed = _ancestors(found.logits)
-    order = [node for node in graph.nodes if node in needed]
+    order = [node for node in found.logits.graph.nodes if node in needed]
     place = {node: number for number, node in enumerate(order)}
     last_use = {
         node: max((place[user] for user in node.users if user in place), default=-1) for node in order
     }
-    start = max(place[attention] for attention in found.attentions)
-    reach = max(last_use[node] for node in order[:start] if node in found.along)
-    for number in range(start, len(order)):
-        node = order[number]
-        if node not in found.along:
+    start = max((place[attention] for attention in found.attentions if attention in place), default=0)
+    reach = max((last_use[node] for node in order[:start] if _has_tokens(found, node)), default=-1)
+    for number, node in enumerate(order[start:], start):
+        if not _has_tokens(found, node):
             continue
-        if reach <= number and _may_cut(found, node, order[number + 1 :]):
-            return [node, *(later for later in order[number + 1 :] if later in found.along)]
+        if reach <= number and dim_key(tensor_of(node).shape[found.along[node].axis]) == found.symbol:
+            cut: fx.Node = node
+            return cut
         reach = max(reach, last_use[node])
-    return [found.logits]
+    return found.logits
+
+
+def _has_tokens(found: SequenceAnalysis, node: fx.Node) -> bool:
+    return node in found.along and found.along[node].tokens and isinstance(node.meta["val"], torch.Tensor)
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
@@ -244,85 +317,18 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def _may_cut(found: SequenceAnalysis, cut: fx.Node, tail: Iterable[fx.Node]) -> bool:
-    """The cut has a sequence axis of its own, and the tail reads the length as such only: it becomes 1."""
-    along = found.along[cut]
-    if dim_key(tensor_of(cut).shape[along.axis]) != found.symbol:
-        return False
-    lengths = {source for node in tail for source in node.all_input_nodes if _follows(found, source)}
-    return all(dim_key(source.meta["val"]) == found.symbol for source in lengths)
-
-
-def _follows(found: SequenceAnalysis, node: fx.Node) -> bool:
-    """Is this a size that depends on the sequence length?"""
-    value = node.meta.get("val")
-    return isinstance(value, torch.SymInt) and found.symbol in value.node.expr.free_symbols
-
-
-def _last_only(graph: fx.Graph, found: SequenceAnalysis, tail: list[fx.Node], sizes: _Sizes) -> fx.Node:
-    """The logits [B, 1, V] of the last position: the tail over again, behind a slice of its first value."""
-    cut = tail[0]
-    output = graph.output_node()
-    start = insert_node(graph, output, operator.sub, (sizes.new, 1), made_by=NAME, like=cut)
-    args = (cut, found.along[cut].axis, start, MAX_INDEX)
-    last = insert_node(graph, output, aten.slice.Tensor, args, made_by=NAME, like=cut)
-    logits: fx.Node = _Copier(found, {cut: last}, 1, output).copy(tail[-1])
-    return logits
-
-
-@dataclass
-class _Copier:
-    """Copies what a value is computed from, as far as it follows the sequence, with another length in its place."""
-
-    found: SequenceAnalysis
-    known: dict[fx.Node, Any]
-    length: fx.Node | int
-    before: fx.Node
-
-    def copy(self, node: fx.Node) -> Any:
-        """The copy of `node`: itself where nothing in it follows the sequence."""
-        if node in self.known:
-            return self.known[node]
-        if node not in self.found.along and not _follows(self.found, node):
-            return node
-        if not is_tensor(node) and dim_key(node.meta["val"]) == self.found.symbol:
-            return self.length
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.copy)
-        copied = insert_node(
-            self.before.graph, self.before, node.target, args, kwargs, made_by=NAME, like=node  # type: ignore[arg-type]
-        )  # fmt: skip
-        self.known[node] = copied
-        return copied
-
-
-def _describe(found: SequenceAnalysis, pair: Pair) -> LayerState:
-    """The widest reader of a pair decides what is kept."""
-    readers = [attention for attention in found.attentions if attention.args[1:3] == pair]
-    widest = next((reader for reader in readers if reader.args[4] == "causal"), readers[0])
-    key, value = (tensor_of(node) for node in pair)
-    window: Any = widest.args[5]
-    return LayerState(
-        attention=widest.name,
-        kind=str(widest.args[4]),
-        window=int(window),
-        heads=int(key.shape[1]),
-        key_features=int(key.shape[3]),
-        value_features=int(value.shape[3]),
-        dtype=key.dtype,
-        mask_proof=str(widest.meta.get("mask_proof", "")),
-    )
-
-
-def _with_signature(step: Program, tokens: fx.Node, pasts: list[fx.Node]) -> Program:
+def _with_signature(program: Program, step: fx.GraphModule, inputs: StepInputs) -> Program:
     """The step program's pytree signature and size ranges."""
-    states = tuple(node.name for node in pasts)
-    ranges = [replace(size, input=tokens.name) for size in step.sizes if size.input == tokens.name]
-    ranges += [SizeRange(name, 0, 0, None) for name in states]
-    return replace(
+    caches = tuple(node.name for pair in inputs.caches for node in pair)
+    plain = [node.name for node in inputs.all_inputs if node.name not in caches]
+    sizes = [SizeRange("ids", 0, 1, None), SizeRange("ids", 1, 1, None), SizeRange("rows", 0, 1, None)]
+    sizes += [SizeRange(name, 2, 1, None) for name in caches]
+    return Program(
         step,
-        in_spec=pytree.tree_structure(((tokens.name, states), {})),
-        out_spec=pytree.tree_structure(("logits", states)),
-        name=f"{step.name} step",
-        parameters=(tokens.name, "states"),
-        sizes=tuple(ranges),
+        in_spec=pytree.tree_structure(((*plain, caches), {})),
+        out_spec=pytree.tree_structure(("logits", caches)),
+        name=f"{program.name} step",
+        parameters=(*plain, "caches"),
+        sizes=tuple(sizes),
+        guards=program.guards,
     )

@@ -4,6 +4,7 @@ formula:  s_j = scale * sum_d q_d k_jd, capped and masked;  (m, l, o) <- combine
 shapes:   batch axes (batch, head), t queries, features of v; grouped heads read their group's keys by index
 prologue: pointwise on the query only: keys and values are read once per tile of queries, so work on them is refused
 epilogue: pointwise on the result
+cache:    keys and values are read by position through their slots, see Attend in graph/terms.py
 source:   Dao et al., FlashAttention; Milakov and Gimelshein, online normalizer calculation
 """
 
@@ -58,6 +59,10 @@ def _check_axes(
     }
     if attend.mask is not None:
         allowed["mask"] = (attend.mask, outer | {t.symbol, attend.s.symbol})
+    if attend.past is not None:
+        allowed["past lengths"] = (attend.past, {batch[0].symbol})
+    if attend.path is not None and attend.steps is not None:
+        allowed["paths"] = (attend.path, {batch[0].symbol, t.symbol, attend.steps.symbol})
     for what, (term, symbols) in allowed.items():
         if dependence.of(term) - symbols:
             raise Unsupported(f"the {what} of an attention depend on more than their own axes")

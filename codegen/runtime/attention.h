@@ -1,48 +1,335 @@
-// Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022): blocks of keys at fixed places, ascending. A query row
-// meets exactly its visible keys in that order, so its result does not depend on the queries that share its tile.
+// Online softmax (Milakov and Gimelshein 2018; Dao et al. 2022), split over the keys (flash decoding).
+//
+// Keys are numbered by position, and everything about a row happens at fixed positions: blocks of 64 keys, splits of
+// 128 whose results are joined in ascending order, each score a sum over d ascending in one lane, each output a sum over
+// the visible keys ascending. So a row has the same bits whatever rows share its tile, however the threads share the
+// work, and wherever the keys lie (a key is a pointer). What a row does not see is never multiplied, not even by 0.
+//
+// Rows of a tile are queries times the query heads that read one key head; four of them share every loaded key and value.
 
-static constexpr int tw_key_block = 64, tw_query_block = 16;
+static constexpr int tw_keys = 64, tw_split = 128, tw_pass = 64;  // tw_pass: features per turn through the L1 cache
+static constexpr int tw_most_units = 128;  // that splits are shared out of
+static constexpr int tw_tile_rows = tw_registers >= 32 ? 4 : 1;
 
-// One row against one block: scores[begin, end) -> weights, state (greatest, total) and output updated.
-// values: one pointer per key to `features` numbers; out [features].
-template <class T>
-__attribute__((noinline)) static void tw_attend_block(T* scores, int64_t begin, int64_t end, T& greatest, T& total,
-                                   const T* const* values, int64_t features, T* out) {
-    tw_fold<T, tw_max_of<T>, 16> top;
-    for (int64_t j = begin; j < end; j += 16) top.add(scores + j, tw_least<int64_t>(16, end - j));
-    const T block_max = top.result();
-    const T new_max = tw_max(greatest, block_max);
-    if (new_max == tw_limits<T>::low) return;  // nothing visible so far
-    // Lanes by the absolute place in the block: invisible keys weigh nothing.
-    tw_fold<T, tw_sum_of<T>, 16> sum;
-    for (int64_t j = begin; j < end; ++j) scores[j] = tw_exp(scores[j] - new_max);
-    for (int64_t j = begin; j < end; j += 16) sum.add(scores + j, tw_least<int64_t>(16, end - j));
-    const T keep = tw_exp(greatest - new_max);
-    total = total * keep + sum.result();
-    greatest = new_max;
-    constexpr int lanes = 64 / sizeof(T);
-    typedef decltype(tw_load(out)) V;
-    int64_t f = 0;
-    for (; f + 4 * lanes <= features; f += 4 * lanes) {
-        V acc[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) acc[v] = tw_load(out + f + v * lanes) * keep;
-        for (int64_t j = begin; j < end; ++j) {
-            const V weight = scores[j] - V{};
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v) acc[v] = tw_fma(weight, tw_load(values[j] + f + v * lanes), acc[v]);
+#define TW_LANES_8(M, N, H) M(0, N, H), M(1, N, H), M(2, N, H), M(3, N, H), M(4, N, H), M(5, N, H), M(6, N, H), M(7, N, H)
+#define TW_LANES_16(M, N, H) TW_LANES_8(M, N, H), M(8, N, H), M(9, N, H), M(10, N, H), M(11, N, H), M(12, N, H), \
+    M(13, N, H), M(14, N, H), M(15, N, H)
+#define TW_UPPER(l, N, H) ((l) & (H) ? (N) + (l) - (H) : (l))
+#define TW_LOWER(l, N, H) ((l) & (H) ? (N) + (l) : (l) + (H))
+
+// Vectors i and i + H exchange the blocks of H lanes off the diagonal: one stage of a transposition.
+template <int H> static inline void tw_exchange(tw_v16& a, tw_v16& b) {
+    const tw_v16 upper = __builtin_shufflevector(a, b, TW_LANES_16(TW_UPPER, 16, H));
+    b = __builtin_shufflevector(a, b, TW_LANES_16(TW_LOWER, 16, H));
+    a = upper;
+}
+template <int H> static inline void tw_exchange(tw_v8d& a, tw_v8d& b) {
+    const tw_v8d upper = __builtin_shufflevector(a, b, TW_LANES_8(TW_UPPER, 8, H));
+    b = __builtin_shufflevector(a, b, TW_LANES_8(TW_LOWER, 8, H));
+    a = upper;
+}
+template <int H, int N, class V> static inline void tw_stage(V* x) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+        if (!(i & H)) tw_exchange<H>(x[i], x[i + H]);
+}
+static inline void tw_transpose(tw_v16* x) {
+    tw_stage<8, 16>(x); tw_stage<4, 16>(x); tw_stage<2, 16>(x); tw_stage<1, 16>(x);
+}
+static inline void tw_transpose(tw_v8d* x) { tw_stage<4, 8>(x); tw_stage<2, 8>(x); tw_stage<1, 8>(x); }
+
+// Features [first, first + n) of `count` keys, one pointer each -> turned[feature][key]; n at most tw_pass.
+template <class F>
+__attribute__((noinline)) static void tw_turn_keys(const void* const* keys, int64_t count, int64_t first, int64_t n,
+                                                   typename F::real* turned) {
+    typedef typename F::vector V;
+    constexpr int lanes = 64 / sizeof(typename F::real);
+    static_assert(F::block == lanes, "keys are numbers, not blocks");
+    for (int64_t c = 0; c < count; c += lanes) {
+        for (int64_t d = 0; d < n; d += lanes) {
+            V x[lanes];
+            const bool whole = d + lanes <= n;
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes; ++i) {
+                const uint8_t* row = (const uint8_t*)keys[c + i < count ? c + i : count - 1];
+                if (whole) F::unpack(row + (first + d) / lanes * F::bytes, x + i);
+                else x[i] = tw_tail<F>(row, first + d, first + n);
+            }
+            tw_transpose(x);
+            for (int i = 0; i < lanes && d + i < n; ++i) tw_put(turned + (d + i) * tw_keys + c, x[i]);
         }
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) tw_put(out + f + v * lanes, acc[v]);
-    }
-    for (; f + lanes <= features; f += lanes) {
-        V acc = tw_load(out + f) * keep;
-        for (int64_t j = begin; j < end; ++j) acc = tw_fma(scores[j] - V{}, tw_load(values[j] + f), acc);
-        tw_put(out + f, acc);
-    }
-    for (; f < features; ++f) {
-        T acc = out[f] * keep;
-        for (int64_t j = begin; j < end; ++j) acc = tw_fma(scores[j], values[j][f], acc);
-        out[f] = acc;
     }
 }
+
+template <class T, int R>
+__attribute__((noinline)) static void tw_score_tile(const T* q, int64_t stride, const T* turned, int64_t n, bool begin,
+                                                    T* scores) {
+    typedef decltype(tw_load(q)) V;
+    constexpr int lanes = 64 / sizeof(T);
+    for (int c = 0; c < tw_keys; c += 4 * lanes) {
+        V sum[R][4];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; ++v) sum[r][v] = begin ? V{} : tw_load(scores + r * tw_keys + c + v * lanes);
+        for (int64_t d = 0; d < n; ++d) {
+            V k[4];
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; ++v) k[v] = tw_load(turned + d * tw_keys + c + v * lanes);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                const V x = q[r * stride + d] - V{};
+#pragma GCC unroll 4
+                for (int v = 0; v < 4; ++v) sum[r][v] = tw_fma(x, k[v], sum[r][v]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; ++v) tw_put(scores + r * tw_keys + c + v * lanes, sum[r][v]);
+    }
+}
+
+// Row r sees the keys [from[r], to[r]) of the block.
+struct tw_seen { int32_t from, to; };
+
+// scores[r][key] = sum over d of q[r][d] * key[d], for every row that sees one of the `count` keys.
+template <class F>
+static void tw_score_block(const typename F::real* q, int64_t stride, int64_t rows, const tw_seen* seen,
+                           const void* const* keys, int64_t count, int64_t features, typename F::real* turned,
+                           typename F::real* scores) {
+    typedef typename F::real T;
+    constexpr int R = tw_tile_rows;
+    for (int64_t first = 0; first < features; first += tw_pass) {
+        const int64_t n = tw_least<int64_t>(tw_pass, features - first);
+        tw_turn_keys<F>(keys, count, first, n, turned);
+        for (int64_t r = 0; r < rows; r += R) {
+            const int64_t left = tw_least<int64_t>(R, rows - r);
+            bool any = false;
+            for (int64_t i = 0; i < left; ++i) any |= seen[r + i].from < seen[r + i].to;
+            if (!any) continue;
+            const T* const a = q + r * stride + first;
+            T* const out = scores + r * tw_keys;
+            if (left == R) tw_score_tile<T, R>(a, stride, turned, n, !first, out);
+            else if (left == 3) tw_score_tile<T, 3>(a, stride, turned, n, !first, out);
+            else if (left == 2) tw_score_tile<T, 2>(a, stride, turned, n, !first, out);
+            else tw_score_tile<T, 1>(a, stride, turned, n, !first, out);
+        }
+    }
+    if (features == 0)
+        for (int64_t i = 0; i < rows * tw_keys; ++i) scores[i] = 0;
+}
+
+#define TW_TURN(l, N, H) (((l) + (H)) % (N))
+
+// All lanes joined by halving the distance, in every lane.
+template <class J> static inline tw_v16 tw_across(tw_v16 x, J join) {
+    x = join(x, __builtin_shufflevector(x, x, TW_LANES_16(TW_TURN, 16, 8)));
+    x = join(x, __builtin_shufflevector(x, x, TW_LANES_16(TW_TURN, 16, 4)));
+    x = join(x, __builtin_shufflevector(x, x, TW_LANES_16(TW_TURN, 16, 2)));
+    return join(x, __builtin_shufflevector(x, x, TW_LANES_16(TW_TURN, 16, 1)));
+}
+template <class J> static inline tw_v8d tw_across(tw_v8d x, J join) {
+    x = join(x, __builtin_shufflevector(x, x, TW_LANES_8(TW_TURN, 8, 4)));
+    x = join(x, __builtin_shufflevector(x, x, TW_LANES_8(TW_TURN, 8, 2)));
+    return join(x, __builtin_shufflevector(x, x, TW_LANES_8(TW_TURN, 8, 1)));
+}
+
+// exp(x) for x <= 0 as in scalar.h, but 0 below -87: a result that is no normal number costs a hundred instructions, and
+// beside a weight of 1 it is nothing.
+static inline tw_v16 tw_weight(tw_v16 x) {
+    const tw_v16 clamped = x < -87.0f ? tw_splat(-87.0f) : x;
+    const tw_v16 shifted = tw_fma(clamped, tw_splat(1.44269504088896341f), tw_splat(12582912.0f));
+    const tw_v16 n = shifted - 12582912.0f;
+    const tw_i16 power = (tw_i16)shifted - 0x4b400000;
+    tw_v16 r = tw_fma(n, tw_splat(-0.693145751953125f), clamped);
+    r = tw_fma(n, tw_splat(-1.42860682030941723212e-6f), r);
+    tw_v16 p = tw_splat(1.9875691500e-4f);
+    p = tw_fma(p, r, tw_splat(1.3981999507e-3f));
+    p = tw_fma(p, r, tw_splat(8.3334519073e-3f));
+    p = tw_fma(p, r, tw_splat(4.1665795894e-2f));
+    p = tw_fma(p, r, tw_splat(1.6666665459e-1f));
+    p = tw_fma(p, r, tw_splat(5.0000001201e-1f));
+    p = tw_fma(p, r * r, r) + 1.0f;
+    p *= (tw_v16)((power + 127) << 23);
+    return x < -87.0f ? tw_v16{} : p;
+}
+static inline tw_v8d tw_weight(tw_v8d x) {
+    tw_v8d y;
+    for (int l = 0; l < 8; ++l) y[l] = x[l] < -700.0 ? 0.0 : tw_exp(x[l]);
+    return y;
+}
+static inline float tw_weight(float x) { return tw_weight(tw_splat(x))[0]; }
+static inline double tw_weight(double x) { return x < -700.0 ? 0.0 : tw_exp(x); }
+
+// One row's scores of a block, times `scale` -> weights; its state is updated. The result: what its sums so far are
+// multiplied by. Keys that the row does not see weigh 0 here, and are left out of the sums of values.
+template <class T>
+__attribute__((noinline)) static T tw_soften(T* scores, tw_seen seen, T scale, T& greatest, T& total) {
+    typedef decltype(tw_load(scores)) V;
+    typedef decltype(V{} < V{}) M;
+    constexpr int lanes = 64 / sizeof(T), vectors = tw_keys / lanes;
+    const auto most = [](V a, V b) { return (a > b) | (a != a) ? a : b; };
+    const auto plus = [](V a, V b) { return a + b; };
+    const V hidden = tw_limits<T>::low - V{};
+    M place;
+    for (int l = 0; l < lanes; ++l) place[l] = l;
+    V s[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+        const M here = place + v * lanes;
+        const V score = tw_load(scores + v * lanes) * scale;
+        s[v] = (here >= seen.from) & (here < seen.to) ? score : hidden;
+    }
+    V top = s[0];
+#pragma GCC unroll 8
+    for (int v = 1; v < vectors; ++v) top = most(top, s[v]);
+    const T new_max = tw_max(greatest, tw_across(top, most)[0]);
+    if (new_max == tw_limits<T>::low) {  // nothing visible so far
+        for (int v = 0; v < vectors; ++v) tw_put(scores + v * lanes, V{});
+        return 1;
+    }
+    V sum = {};
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+        s[v] = tw_weight(s[v] - new_max);
+        sum = v ? sum + s[v] : s[v];
+        tw_put(scores + v * lanes, s[v]);
+    }
+    const T keep = tw_weight(greatest - new_max);
+    total = total * keep + tw_across(sum, plus)[0];
+    greatest = new_max;
+    return keep;
+}
+
+template <class T> static inline void tw_scale_row(T* row, int64_t features, T factor) {
+    if (factor == 1) return;
+#pragma GCC ivdep
+    for (int64_t f = 0; f < features; ++f) row[f] *= factor;
+}
+
+// out[r][f] += sum over keys [from, to) of weights[r][key] * values[key][f], for R rows and V vectors from feature f on.
+template <class T, int R, int N>
+static inline void tw_mix_tile(const T* weights, int64_t from, int64_t to, const T* const* values, int64_t f, T* out,
+                               int64_t stride) {
+    typedef decltype(tw_load(out)) V;
+    constexpr int lanes = 64 / sizeof(T);
+    V sum[R][N];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < N; ++v) sum[r][v] = tw_load(out + r * stride + f + v * lanes);
+    for (int64_t j = from; j < to; ++j) {
+        V x[N];
+#pragma GCC unroll 4
+        for (int v = 0; v < N; ++v) x[v] = tw_load(values[j] + f + v * lanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const V weight = weights[r * tw_keys + j] - V{};
+#pragma GCC unroll 4
+            for (int v = 0; v < N; ++v) sum[r][v] = tw_fma(weight, x[v], sum[r][v]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < N; ++v) tw_put(out + r * stride + f + v * lanes, sum[r][v]);
+}
+
+// One pass of features (at most tw_pass) of R rows.
+template <class T, int R>
+__attribute__((noinline)) static void tw_mix_pass(const T* weights, int64_t from, int64_t to, const T* const* values,
+                                                  int64_t f, int64_t end, T* out, int64_t stride) {
+    constexpr int lanes = 64 / sizeof(T);
+    for (; f + 4 * lanes <= end; f += 4 * lanes) tw_mix_tile<T, R, 4>(weights, from, to, values, f, out, stride);
+    for (; f + lanes <= end; f += lanes) tw_mix_tile<T, R, 1>(weights, from, to, values, f, out, stride);
+    for (; f < end; ++f)
+        for (int r = 0; r < R; ++r) {
+            T sum = out[r * stride + f];
+            for (int64_t j = from; j < to; ++j) sum = tw_fma(weights[r * tw_keys + j], values[j][f], sum);
+            out[r * stride + f] = sum;
+        }
+}
+
+template <class T>
+static inline void tw_mix_rows(int64_t rows, const T* weights, int64_t from, int64_t to, const T* const* values,
+                               int64_t f, int64_t end, T* out, int64_t stride) {
+    if (from >= to) return;
+    if (rows == tw_tile_rows) tw_mix_pass<T, tw_tile_rows>(weights, from, to, values, f, end, out, stride);
+    else if (rows == 3) tw_mix_pass<T, 3>(weights, from, to, values, f, end, out, stride);
+    else if (rows == 2) tw_mix_pass<T, 2>(weights, from, to, values, f, end, out, stride);
+    else tw_mix_pass<T, 1>(weights, from, to, values, f, end, out, stride);
+}
+
+// out[r] += the values of the keys that row r sees, weighted. Rows go together as far as they see the same keys.
+template <class T>
+static void tw_mix_block(const T* weights, int64_t rows, const tw_seen* seen, const T* const* values, int64_t features,
+                         T* out, int64_t stride) {
+    for (int64_t f = 0; f < features; f += tw_pass) {
+        const int64_t end = tw_least<int64_t>(f + tw_pass, features);
+        for (int64_t r = 0; r < rows; r += tw_tile_rows) {
+            const int64_t count = tw_least<int64_t>(tw_tile_rows, rows - r);
+            int64_t from = 0, to = tw_keys;
+            for (int64_t i = r; i < r + count; ++i) {
+                from = tw_most<int64_t>(from, seen[i].from);
+                to = tw_least<int64_t>(to, seen[i].to);
+            }
+            to = tw_most(from, to);
+            for (int64_t i = r; i < r + count; ++i)
+                tw_mix_rows<T>(1, weights + i * tw_keys, seen[i].from, tw_least<int64_t>(from, seen[i].to), values, f, end,
+                               out + i * stride, stride);
+            tw_mix_rows<T>(count, weights + r * tw_keys, from, to, values, f, end, out + r * stride, stride);
+            for (int64_t i = r; i < r + count; ++i)
+                tw_mix_rows<T>(1, weights + i * tw_keys, tw_most<int64_t>(to, seen[i].from), seen[i].to, values, f, end,
+                               out + i * stride, stride);
+        }
+    }
+}
+
+// A row's result over the next split joined to that over the splits before it.
+template <class T>
+__attribute__((noinline)) static void tw_join(T& greatest, T& total, T* out, T next_greatest, T next_total,
+                                              const T* next, int64_t features) {
+    if (next_greatest == tw_limits<T>::low) return;
+    const bool empty = greatest == tw_limits<T>::low;
+    const T top = tw_max(greatest, next_greatest);
+    const T keep = tw_weight(greatest - top), add = tw_weight(next_greatest - top);
+    total = empty ? next_total : total * keep + next_total * add;
+    greatest = top;
+#pragma GCC ivdep
+    for (int64_t f = 0; f < features; ++f) out[f] = empty ? next[f] : tw_fma(next[f], add, out[f] * keep);
+}
+
+// Results of splits that several threads work on: states [units, rows, splits] of (out, greatest, total) behind the
+// counters of the units. Whoever finishes the last split of a unit joins all of them, in their order.
+template <class T> struct tw_splits {
+    void* room;
+    int64_t rows, splits, stride;
+
+    T* state(int64_t unit, int64_t row, int64_t split) const {
+        const int64_t number = (unit * rows + row) * splits + split;
+        return (T*)((char*)room + 64 * tw_most_units) + number * (stride + 64 / (int64_t)sizeof(T));
+    }
+    // Hand in split number `split` of `count`; true for the last one, whose state is then that of the whole unit.
+    bool finish(int64_t unit, int64_t split, int64_t count, int64_t used, T* greatest, T* total, T* out) const {
+        if (count == 1) return true;
+        for (int64_t r = 0; r < used; ++r) {
+            T* const mine = state(unit, r, split);
+            __builtin_memcpy(mine, out + r * stride, stride * sizeof(T));
+            mine[stride] = greatest[r], mine[stride + 1] = total[r];
+        }
+        int64_t* const counter = (int64_t*)room + 8 * unit;
+        if (__atomic_add_fetch(counter, 1, __ATOMIC_ACQ_REL) != count) return false;
+        __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
+        for (int64_t r = 0; r < used; ++r) {
+            const T* const first = state(unit, r, 0);
+            __builtin_memcpy(out + r * stride, first, stride * sizeof(T));
+            greatest[r] = first[stride], total[r] = first[stride + 1];
+            for (int64_t s = 1; s < count; ++s) {
+                const T* const next = state(unit, r, s);
+                tw_join<T>(greatest[r], total[r], out + r * stride, next[stride], next[stride + 1], next, stride);
+            }
+        }
+        return true;
+    }
+};

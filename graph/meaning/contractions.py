@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
@@ -16,6 +18,7 @@ from torchweld.graph.meaning.context import (
     tensor_of,
 )
 from torchweld.graph.ops import attention as _attention_op  # noqa: F401  registers torchweld::attention
+from torchweld.graph.ops import cached_attention as _cached_op  # noqa: F401  and torchweld::cached_attention
 from torchweld.graph.terms import Attend, Contract, Expr, Term, cast, const, op
 
 aten = torch.ops.aten
@@ -98,28 +101,57 @@ def _add_matmul(meaning: Meaning, node: fx.Node, index: Index) -> Term:
 
 
 def _attention(meaning: Meaning, node: fx.Node, index: Index) -> Term:
+    return _attend(meaning, node, index, None, None, node.args[3:8])
+
+
+def _cached_attention(meaning: Meaning, node: fx.Node, index: Index) -> Term:
+    past, path = node.args[3:5]
+    if not isinstance(past, fx.Node):
+        raise Unsupported(f"{node.name}: expected past as a tensor")
+    return _attend(meaning, node, index, past, path if isinstance(path, fx.Node) else None, node.args[5:10])
+
+
+def _attend(
+    meaning: Meaning,
+    node: fx.Node,
+    index: Index,
+    past: fx.Node | None,
+    path: fx.Node | None,
+    rest: Sequence[object],
+) -> Term:
+    """One element of an attention; `rest` are mask, mask kind, window, scale and soft cap."""
     query, key, value = _nodes(node, 3)
-    mask, mask_kind, window, scale, soft_cap = node.args[3:8]
-    assert isinstance(mask_kind, str) and isinstance(window, int)
+    mask, mask_kind, window, scale, soft_cap = rest
+    assert isinstance(window, int) and isinstance(scale, (int, float)) and isinstance(soft_cap, (int, float))
     b, h, t, f = index
     q_shape, k_shape = shape_of(query), shape_of(key)
     dtype = compute_dtype(tensor_of(node).dtype)
     share = meaning.ranges.floordiv(q_shape[1], k_shape[1])
     group = meaning.ranges.floordiv(h, share)
     s, d = meaning.axis("s", k_shape[2]), meaning.axis("d", q_shape[3])
+    steps = None if path is None else meaning.axis("step", q_shape[2])
     visible = None
     if isinstance(mask, fx.Node):
         kind = torch.bool if tensor_of(mask).dtype == torch.bool else dtype
-        visible = meaning.operand(
-            mask, (q_shape[0], q_shape[1], q_shape[2], k_shape[2]), (b, h, t, s.symbol), kind
-        )
+        keys = k_shape[2] if past is None or shape_of(mask)[-1] == ONE else shape_of(mask)[-1]
+        visible = meaning.operand(mask, (*q_shape[:3], keys), (b, h, t, s.symbol), kind)
     return Attend(
         dtype, s, d,
         cast(meaning.value(query, (b, h, t, d.symbol)), dtype),
         cast(meaning.value(key, (b, group, s.symbol, d.symbol)), dtype),
         cast(meaning.value(value, (b, group, s.symbol, f)), dtype),
         visible, mask_kind, window, float(scale), float(soft_cap), t, q_shape[2],  # type: ignore[arg-type]
+        past=None if past is None else cast(meaning.value(past, (b,)), torch.int64),
+        path=None if steps is None else cast(meaning.value(path, (b, t, steps.symbol)), torch.int64),
+        steps=steps, share=int(share) if share.is_Integer else 1,
     )  # fmt: skip
+
+
+def _append_rows(meaning: Meaning, node: fx.Node, index: Index) -> Term:
+    """Stores of the rows are all that a kernel makes of it (codegen/pieces.py): nothing is computed from the cache."""
+    raise Unsupported(
+        "rows appended to a cache are written in place, so what reads the cache is another kernel"
+    )
 
 
 CONTRACTIONS: dict[object, Rule] = {
@@ -132,4 +164,6 @@ CONTRACTIONS: dict[object, Rule] = {
     aten.addmm.default: Rule("contract", _add_matmul),
     aten.baddbmm.default: Rule("contract", _add_matmul),
     torch.ops.torchweld.attention.default: Rule("attention", _attention),
+    torch.ops.torchweld.cached_attention.default: Rule("attention", _cached_attention),
+    torch.ops.torchweld.append_rows.default: Rule("pointwise", _append_rows),
 }

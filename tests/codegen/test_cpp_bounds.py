@@ -60,6 +60,8 @@ def _run_fenced(kernel: Kernel, buffers: dict[str, Tensor], sizes: dict[str, int
         memory.append(place)
     scratch = max([evaluate(e, sizes) for e in functions[0].scratch], default=0)  # type: ignore[attr-defined]
     room = Fenced(scratch, True)
+    for shared in functions[0].shared:  # type: ignore[attr-defined]
+        memory.append(Fenced(shared.nbytes(lambda expr: evaluate(expr, sizes), 2), True))
     pointers = (ctypes.c_void_p * len(memory))(*(place.address for place in memory))
     numbers = (ctypes.c_int64 * max(1, len(kernel.sizes)))(*(sizes[s] for s in kernel.sizes))
     error = ctypes.c_int32(0)

@@ -1,10 +1,11 @@
-"""The derived cache against the model without one: whole, in any chunks, after rollbacks, and token by token."""
+"""The derived cache against the model without one, on our own models: everything a step may be asked for."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,18 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.tiny_models import VOCABULARY, tiny_inputs, tiny_model
-from tests.zoo import ZOO
-from torchweld.decoding.cache import Cache, CacheError
-from torchweld.decoding.cached import CachedModel, NotDecodable, generate_cached
+from torchweld.decoding.cached import CachedModel, CacheError, NotDecodable, generate_cached
 from torchweld.decoding.greedy import DecodingError, generate
+from torchweld.decoding.step_model import StepModel
 from torchweld.graph.capture import capture
 from torchweld.graph.program import Program
 from torchweld.optimizer.compile import Options
-from torchweld.passes.rewrite_kv_cache import LayerState
 
 KINDS = ("llama", "gemma3_text", "gpt2")
-ARCHITECTURES = ("llama", "mistral", "gemma2", "opt", "bloom", "falcon", "phi3")
-LENGTH = 20  # more than twice the tiny gemma's window of 5
+LENGTH = 20
+WINDOW = 5  # of the tiny gemma
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-4}
 ONE_THREAD = Options(threads=1)
 
@@ -39,7 +38,7 @@ class Subject:
 
     def __init__(self, model: nn.Module, program: Program) -> None:
         self.model, self.program = model, program
-        self.cached = CachedModel(program, options=ONE_THREAD)
+        self.cached = CachedModel(program, options=ONE_THREAD, spare=4)
 
     def whole(self, ids: Tensor) -> Tensor:
         with torch.no_grad():
@@ -50,20 +49,29 @@ class Subject:
 @lru_cache
 def subject(kind: str, folder: Path) -> Subject:
     model = tiny_model(kind, folder)
-    return Subject(model, capture(model, tiny_inputs(kind), verify=False))
+    found = Subject(model, capture(model, tiny_inputs(kind), verify=False))
+    assert found.cached.compiled().eager_reason is None
+    return found
 
 
 def draw_ids(batch: int, length: int, seed: int) -> Tensor:
     return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def as_step_model(model: CachedModel) -> StepModel:
+    """That a type checker accepts this is the test."""
+    return model
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_prompt_equals_no_cache(kind: str, folder: Path) -> None:
     found = subject(kind, folder)
     ids = draw_ids(2, LENGTH, 0)
-    torch.testing.assert_close(found.cached.prefill(ids, logits="all"), found.whole(ids), **TOLERANCE)
-    torch.testing.assert_close(found.cached.prefill(ids), found.whole(ids)[:, -1:], **TOLERANCE)
-    assert found.cached.length == LENGTH
+    torch.testing.assert_close(found.cached.prefill(ids), found.whole(ids)[:, -1], **TOLERANCE)
+    assert found.cached.lengths == (LENGTH, LENGTH)
+    found.cached.prefill(ids[:, :1])
+    everything = found.cached.step(ids[:, 1:], logits_for="all")
+    torch.testing.assert_close(everything, found.whole(ids)[:, 1:], **TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,23 +81,131 @@ def test_every_split_equals_no_cache(kind: str, folder: Path, cuts: set[int], se
     found = subject(kind, folder)
     ids = draw_ids(batch, LENGTH, seed)
     expected = found.whole(ids)
-    bounds = [0, *sorted(cuts), LENGTH]
-    for start, end in pairwise(bounds):
-        call = found.cached.step if start else found.cached.prefill
-        torch.testing.assert_close(call(ids[:, start:end]), expected[:, end - 1 : end], **TOLERANCE)
+    for start, end in pairwise([0, *sorted(cuts), LENGTH]):
+        last = found.cached.step(ids[:, start:end]) if start else found.cached.prefill(ids[:, :end])[:, None]
+        torch.testing.assert_close(last, expected[:, end - 1 : end], **TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=12)
-@given(kept=st.integers(1, LENGTH - 1), junk=st.integers(1, 9), seed=st.integers(0, 99))
+@given(kept=st.integers(1, LENGTH - 1), junk=st.integers(1, 4), seed=st.integers(0, 99))
 def test_tokens_rolled_back_leave_no_trace(kind: str, folder: Path, kept: int, junk: int, seed: int) -> None:
     found = subject(kind, folder)
     ids = draw_ids(1, LENGTH, seed)
     found.cached.prefill(ids[:, :kept])
     found.cached.step(draw_ids(1, junk, seed + 1))
-    assert found.cached.truncate(kept) == junk
+    assert found.cached.truncate(kept) == (junk,)
     after = found.cached.step(ids[:, kept:])
     torch.testing.assert_close(after, found.whole(ids)[:, -1:], **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12)
+@given(
+    lengths=st.lists(st.integers(1, 13), min_size=1, max_size=4),
+    turns=st.lists(st.lists(st.integers(0, 4), min_size=4, max_size=4), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_sequences_of_different_lengths_equal_each_alone(
+    kind: str, folder: Path, lengths: list[int], turns: list[list[int]], seed: int
+) -> None:
+    found = subject(kind, folder)
+    texts = draw_ids(len(lengths), 13 + 4 * len(turns), seed)
+    have = list(lengths)
+    logits = found.cached.prefill([texts[b, :length].tolist() for b, length in enumerate(lengths)])
+    expected = [found.whole(text[None])[0] for text in texts]
+    for b, length in enumerate(have):
+        torch.testing.assert_close(logits[b], expected[b][length - 1], **TOLERANCE)
+    for turn in turns:
+        counts = turn[: len(lengths)]
+        width = max(*counts, 1)
+        ids = torch.full((len(lengths), width), -1)
+        for b, count in enumerate(counts):
+            ids[b, :count] = texts[b, have[b] : have[b] + count]
+        logits = found.cached.step(ids, counts=counts)
+        have = [length + count for length, count in zip(have, counts, strict=True)]
+        assert found.cached.lengths == tuple(have)
+        for b, count in enumerate(counts):
+            if count:
+                torch.testing.assert_close(logits[b, 0], expected[b][have[b] - 1], **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=10)
+@given(
+    past=st.integers(1, 14),
+    parents=st.lists(st.integers(0, 6), min_size=1, max_size=7),
+    seed=st.integers(0, 99),
+)
+def test_every_row_of_a_tree_equals_its_path_fed_plainly(
+    kind: str, folder: Path, past: int, parents: list[int], seed: int
+) -> None:
+    """To the bit; and the kept path continues as if nothing else had been there."""
+    model = subject(kind, folder).cached
+    tree = [min(parent, row) - 1 for row, parent in enumerate(parents)]
+    prompt, ids, more = draw_ids(1, past, seed), draw_ids(1, len(tree), seed + 1), draw_ids(1, 3, seed + 2)
+    paths: list[list[int]] = []
+    for row, parent in enumerate(tree):
+        paths.append([*(paths[parent] if parent >= 0 else []), row])
+    plain = []
+    for path in paths:
+        model.prefill(prompt)
+        plain.append([model.step(ids[:, row : row + 1]) for row in path][-1])
+    after = model.step(more, logits_for="all")  # behind the path of the last row
+    model.prefill(prompt)
+    found = model.step(ids, parents=tree, logits_for="all")
+    assert torch.equal(found, torch.cat(plain, 1))
+    assert model.lengths == (past + len(tree),)
+    model.keep(paths[-1])
+    assert model.lengths == (past + len(paths[-1]),)
+    assert torch.equal(model.step(more, logits_for="all"), after)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", range(1, 17))
+def test_one_row_and_many_rows_give_the_same_bits(kind: str, folder: Path, rows: int) -> None:
+    model = subject(kind, folder).cached
+    ids = draw_ids(1, 4 + rows, rows)
+    model.prefill(ids[:, :4])
+    singles = torch.cat([model.step(ids[:, at : at + 1]) for at in range(4, 4 + rows)], 1)
+    model.prefill(ids[:, :4])
+    assert torch.equal(model.step(ids[:, 4:], logits_for="all"), singles)
+    assert torch.equal(model.prefill(ids), singles[:, -1])
+    model.prefill(torch.cat([draw_ids(2, 4, 8), ids[:, :4]]))
+    padded = torch.cat([draw_ids(2, rows, 9), ids[:, 4:]])
+    found = model.step(padded, counts=[1, 0, rows], logits_for="all")[2:]
+    assert torch.equal(found, singles), "neighbours of other lengths change nothing"
+
+
+def test_past_the_window_by_several_turns_of_the_ring(folder: Path) -> None:
+    found = subject("gemma3_text", folder)
+    turns = 8 * WINDOW
+    ids = draw_ids(1, turns, 3)
+    expected = found.whole(ids)
+    found.cached.prefill(ids[:, :2])
+    for at in range(2, turns):
+        torch.testing.assert_close(
+            found.cached.step(ids[:, at : at + 1]), expected[:, at : at + 1], **TOLERANCE
+        )
+    ring = next(state for state in found.cached.states if state.kind == "window")
+    sizes = {tensor.shape[2] for tensor in found.cached.cache.tensors()}
+    assert ring.window == WINDOW and min(sizes) == WINDOW + 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_longer_than_a_chunk(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchweld.decoding.cached.CHUNK", 6)
+    found = subject(kind, folder)
+    ids = draw_ids(2, LENGTH, 4)
+    expected = found.whole(ids)
+    torch.testing.assert_close(found.cached.prefill(ids), expected[:, -1], **TOLERANCE)
+    logits = found.cached.prefill([ids[0, :17].tolist(), ids[1].tolist()])
+    torch.testing.assert_close(logits, torch.stack([expected[0, 16], expected[1, 19]]), **TOLERANCE)
+    found.cached.prefill(ids[:, :3])
+    logits = found.cached.step(ids[:, 3:], counts=[17, 2], logits_for="all")
+    torch.testing.assert_close(logits[0], expected[0, 3:], **TOLERANCE)
+    torch.testing.assert_close(logits[1, :2], expected[1, 3:5], **TOLERANCE)
+    assert found.cached.lengths == (20, 5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,56 +220,39 @@ def test_greedy_tokens_equal_recomputation(kind: str, folder: Path) -> None:
     assert len(seen) > 2, "a constant answer would prove nothing"
 
 
-@lru_cache
-def hugging_face(name: str) -> tuple[nn.Module, CachedModel]:
-    model = ZOO[name].make()
-    inputs = {"input_ids": ZOO[name].inputs(2, 7)["input_ids"], "use_cache": False}
-    return model, CachedModel(capture(model, (), inputs, verify=False), options=ONE_THREAD)
+def test_chosen_rows_are_rows_of_all(folder: Path) -> None:
+    model = subject("llama", folder).cached
+    ids = draw_ids(2, 9, 5)
+    model.prefill(ids[:, :2])
+    fork = model.cache.fork()
+    everything = model.step(ids[:, 2:], logits_for="all")
+    model.cache = fork
+    assert torch.equal(model.step(ids[:, 2:], logits_for=[4, 1]), everything[:, [4, 1]])
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_hugging_face_architecture_decodes(name: str) -> None:
-    model, cached = hugging_face(name)
-    ids = ZOO[name].inputs(2, LENGTH)["input_ids"]
-    with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits
-    for start, end in ((0, 11), (11, 12), (12, 17), (17, LENGTH)):
-        call = cached.step if start else cached.prefill
-        torch.testing.assert_close(call(ids[:, start:end]), expected[:, end - 1 : end], **TOLERANCE)
+def test_caches_are_written_in_place(folder: Path) -> None:
+    model = subject("llama", folder).cached
+    model.prefill(draw_ids(1, 9, 5))
+    before = [tensor.data_ptr() for tensor in model.cache.tensors()]
+    model.step(draw_ids(1, 1, 6))
+    assert [tensor.data_ptr() for tensor in model.cache.tensors()] == before
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "phi3"])
-def test_greedy_tokens_equal_hugging_face_generation(name: str) -> None:
-    """Their cache is the second oracle; mistral passes its window of 8 four times."""
-    model, cached = hugging_face(name)
-    prompt = ZOO[name].inputs(1, 6, seed=4)["input_ids"]
-    theirs = model.generate(  # type: ignore[operator]
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=28, do_sample=False, use_cache=True
-    )[0, 6:].tolist()
-    ours = list(generate_cached(cached, prompt, 28, eos=(2,)))
-    assert ours == [token for token in theirs if token != 2]
-    assert len(set(ours)) > 2
-
-
-def test_one_row_and_many_rows_give_the_same_bits(folder: Path) -> None:
-    cached = subject("llama", folder).cached
-    ids = draw_ids(1, LENGTH, 5)
-    cached.prefill(ids[:, :4])
-    singles = [cached.step(ids[:, at : at + 1]) for at in range(4, LENGTH)]
-    cached.truncate(4)
-    for at in range(4, LENGTH, 4):
-        assert torch.equal(cached.step(ids[:, at : at + 4]), singles[at + 3 - 4])
-
-
-def test_unused_room_is_not_read(folder: Path) -> None:
-    """Rows behind the length hold NaN: they must not reach the logits."""
-    found = subject("llama", folder)
+@pytest.mark.parametrize("kind", KINDS)
+def test_unused_slots_are_not_read(kind: str, folder: Path) -> None:
+    """NaN in every slot that holds no position must not reach the logits."""
+    found = subject(kind, folder)
     ids = draw_ids(1, LENGTH, 6)
-    found.cached.prefill(ids)
-    found.cached.truncate(8)
-    for buffer in found.cached.cache._buffers:
-        buffer[8:] = float("nan")
-    torch.testing.assert_close(found.cached.step(ids[:, 8:]), found.whole(ids)[:, -1:], **TOLERANCE)
+    found.cached.prefill(ids[:, :LENGTH])
+    found.cached.truncate(LENGTH - 2)
+    for tensor in found.cached.cache.tensors():
+        capacity = tensor.shape[2]
+        kept = {
+            j % capacity
+            for j in range(max(0, LENGTH - 2 - WINDOW + 1) if capacity < LENGTH else 0, LENGTH - 2)
+        }
+        tensor[:, :, [slot for slot in range(capacity) if slot not in kept]] = float("nan")
+    torch.testing.assert_close(found.cached.step(ids[:, -2:]), found.whole(ids)[:, -1:], **TOLERANCE)
 
 
 def test_fork_continues_on_its_own(folder: Path) -> None:
@@ -166,14 +265,17 @@ def test_fork_continues_on_its_own(folder: Path) -> None:
     torch.testing.assert_close(found.cached.step(ids[:, 9:]), found.whole(ids)[:, -1:], **TOLERANCE)
 
 
-def snapshot(model: CachedModel) -> tuple[int, list[Tensor]]:
-    return model.length, [view.clone() for view in model.cache.views()]
+Bits = tuple[tuple[int, ...], list[Tensor]]
 
 
-def assert_as_before(model: CachedModel, before: tuple[int, list[Tensor]]) -> None:
-    length, views = snapshot(model)
-    assert length == before[0]
-    assert all(torch.equal(left, right) for left, right in zip(views, before[1], strict=True))
+def snapshot(model: CachedModel) -> Bits:
+    return model.lengths, [tensor.clone().view(torch.int32) for tensor in model.cache.tensors()]
+
+
+def assert_as_before(model: CachedModel, before: Bits) -> None:
+    lengths, tensors = snapshot(model)
+    assert lengths == before[0]
+    assert all(torch.equal(left, right) for left, right in zip(tensors, before[1], strict=True))
 
 
 def test_errors_leave_the_cache_as_it_was(folder: Path) -> None:
@@ -184,50 +286,96 @@ def test_errors_leave_the_cache_as_it_was(folder: Path) -> None:
     before = snapshot(model)
     with pytest.raises(CacheError, match=r"8 positions and 3 new ones are more than the limit of 10"):
         model.step(ids[:, 8:11])
-    with pytest.raises(CacheError, match=r"2 rows of tokens for a cache of 1"):
+    with pytest.raises(CacheError, match=r"2 sequences for a cache of 1"):
         model.step(draw_ids(2, 1, 0))
     with pytest.raises(CacheError, match=r"cannot truncate 8 positions to 9"):
         model.truncate(9)
-    with pytest.raises(IndexError, match="outside its table"):
+    with pytest.raises(IndexError, match="outside the model's table of 97 tokens"):
         model.step(torch.tensor([[VOCABULARY]]))
     with pytest.raises(DecodingError, match="expected int64"):
         model.step(ids[:, 8:9].int())
     with pytest.raises(CacheError, match="limit of 10"):
         model.prefill(ids)
+    with pytest.raises(IndexError, match="token 97"):
+        model.prefill([[3, VOCABULARY]])
+    with pytest.raises(CacheError, match="no tree"):
+        model.keep([0])
     assert_as_before(model, before)
     torch.testing.assert_close(model.step(ids[:, 8:10]), found.whole(ids[:, :10])[:, -1:], **TOLERANCE)
 
 
+def test_an_interrupted_step_leaves_the_cache_as_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = subject("gemma3_text", folder)
+    model, ids = found.cached, draw_ids(1, LENGTH, 9)
+    model.prefill(ids[:, :9])
+    compiled = model.compiled()
+
+    class Stopping:
+        """Runs the step once; the second call is interrupted."""
+
+        calls = 0
+
+        def __call__(self, *inputs: object) -> tuple[object, ...]:
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            return compiled(*inputs)
+
+    for attempt in (lambda: model.step(ids[:, 9:]), lambda: model.prefill(ids)):
+        with monkeypatch.context() as patch:
+            patch.setattr("torchweld.decoding.cached.CHUNK", 4)
+            patch.setitem(model._steps, False, Stopping())  # type: ignore[arg-type]
+            with pytest.raises(KeyboardInterrupt):
+                attempt()
+        assert model.lengths == (9,)
+    torch.testing.assert_close(model.step(ids[:, 9:]), found.whole(ids)[:, -1:], **TOLERANCE)
+
+
+def test_a_ring_refuses_to_go_back_beyond_its_slots(folder: Path) -> None:
+    found = subject("gemma3_text", folder)
+    model, ids = found.cached, draw_ids(1, LENGTH, 9)
+    model.prefill(ids)
+    before = snapshot(model)
+    with pytest.raises(
+        CacheError, match="a window of 5 reads positions from 9 on, and its ring of 9 slots has kept"
+    ):
+        model.truncate(LENGTH - 7)
+    assert_as_before(model, before)
+    model.truncate(LENGTH - 4)
+    torch.testing.assert_close(model.step(ids[:, -4:]), found.whole(ids)[:, -1:], **TOLERANCE)
+
+
 def test_position_table_is_a_limit(folder: Path) -> None:
-    cached = subject("gpt2", folder).cached
-    assert cached.max_length == 32
-    cached.prefill(draw_ids(1, 32, 1))
+    model = subject("gpt2", folder).cached
+    assert model.max_length == 32
+    model.prefill(draw_ids(2, 31, 1))
+    model.step(draw_ids(2, 4, 2), counts=[1, 0])
+    assert model.lengths == (32, 31), "padding behind the table is no position"
     with pytest.raises(CacheError, match="limit of 32"):
-        cached.step(draw_ids(1, 1, 1))
+        model.step(draw_ids(2, 1, 1))
 
 
-def test_memory_follows_the_length(folder: Path) -> None:
+def test_what_the_model_is(folder: Path) -> None:
+    model = subject("gemma3_text", folder).cached
+    assert as_step_model(model).vocab_size == VOCABULARY
+    assert model.max_length is None
+    assert {(state.kind, state.window) for state in model.states} == {("causal", 0), ("window", WINDOW)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_kernels_per_layer(kind: str, folder: Path) -> None:
+    launches = subject(kind, folder).cached.compiled().report.launches
+    assert len(launches) <= 2 * 8 + 1, [launch.kernel for launch in launches]
+
+
+def test_from_a_plain_module(folder: Path) -> None:
     found = subject("llama", folder)
-    model = CachedModel(found.program, options=ONE_THREAD, max_length=100)
-    per_token = sum(state.bytes_per_token for state in model.states)
-    assert per_token == 2 * 2 * 2 * 16 * 4  # layers, key and value, heads, features, float32
-    model.prefill(draw_ids(1, 10, 1))
-    assert model.cache.nbytes == 16 * per_token
-    model.step(draw_ids(1, 80, 1))
-    for length in range(91, 101):
-        model.step(draw_ids(1, 1, 1))
-        assert length * per_token <= model.cache.nbytes <= 100 * per_token, "never past the limit"
-
-
-def test_memory_stays_near_the_minimum() -> None:
-    state = LayerState("attention", "causal", 0, 1, 4, 4, torch.float32, "")
-    cache = Cache([state], batch=1)
-    cache.append([torch.zeros(400, 1, 1, 4)] * 2)
-    for length in range(401, 1500):
-        cache.append([torch.full((1, 1, 1, 4), float(length))] * 2)
-        assert cache.length == length
-        assert cache.nbytes <= 1.05 * length * state.bytes_per_token
-    assert torch.equal(cache.views()[0][400:, 0, 0, 0], torch.arange(401.0, 1500.0))
+    model = CachedModel.from_module(found.model, options=ONE_THREAD, max_length=30)
+    assert model.max_length == 30
+    ids = draw_ids(2, 9, 4)
+    torch.testing.assert_close(model.prefill(ids), found.whole(ids)[:, -1], **TOLERANCE)
 
 
 def test_bidirectional_model_is_refused_with_its_node(folder: Path) -> None:
@@ -247,3 +395,15 @@ def test_bidirectional_model_is_refused_with_its_node(folder: Path) -> None:
     assert "later tokens" in str(caught.value)
     assert caught.value.refusal.node is not None
     assert ".py:" in str(caught.value), "the source line is named"
+
+
+def test_a_model_of_vectors_has_no_tokens() -> None:
+    class Vectors(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            heads = x[:, None]
+            mixed: Tensor = nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+            return mixed[:, 0]
+
+    inputs: Any = (torch.randn(2, 7, 8),)
+    with pytest.raises(NotDecodable, match="holds no tokens"):
+        CachedModel(capture(Vectors(), inputs, verify=False), options=ONE_THREAD)

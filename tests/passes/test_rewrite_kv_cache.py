@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torchweld.graph.match import shape_of
 from torchweld.graph.program import Program
 from torchweld.graph.rewrite import Refusal, run_pass
 from torchweld.passes import CANONICALIZE, RECOGNIZE
-from torchweld.passes.rewrite_kv_cache import StepProgram, derive_step
+from torchweld.passes.rewrite_kv_cache import StepProgram, derive_step, with_tree
 
 aten = torch.ops.aten
 WIDTH, HEADS, WORDS, PLACES, LENGTH = 12, 2, 19, 64, 11
@@ -65,27 +66,36 @@ def normalised(model: nn.Module) -> Program:
     return program
 
 
-def derived(model: nn.Module, **options: object) -> StepProgram:
-    step = derive_step(normalised(model), **options)  # type: ignore[arg-type]
+def derived(model: nn.Module) -> StepProgram:
+    step = derive_step(normalised(model))
     assert isinstance(step, StepProgram), step
     return step
 
 
-def run_in_chunks(step: StepProgram, ids: Tensor, chunks: list[int]) -> list[Tensor]:
-    """Logits of every call; the rows that come out go back in."""
-    states = [
-        torch.empty(0, ids.shape[0], state.heads, features, dtype=state.dtype)
+def empty_caches(step: StepProgram, batch: int, capacity: int, spare: int) -> tuple[Tensor, ...]:
+    """Caches full of NaN: what no row has written must not be read."""
+    return tuple(
+        torch.full((batch, state.heads, state.window + spare if state.window else capacity, features), math.nan,
+                   dtype=state.dtype)
         for state in step.states
         for features in (state.key_features, state.value_features)
-    ]
+    )  # fmt: skip
+
+
+def run_in_chunks(step: StepProgram, ids: Tensor, chunks: list[int]) -> Tensor:
+    """Logits [B, S, V] of all rows; the caches that come out go back in."""
+    batch = ids.shape[0]
+    caches = empty_caches(step, batch, ids.shape[1], max(chunks) - 1)
     results: list[Tensor] = []
     start = 0
     for count in chunks:
-        logits, rows = step.program.run(ids[:, start : start + count], tuple(states))  # type: ignore[misc]
-        states = [torch.cat(pair) for pair in zip(states, rows, strict=True)]
-        results.append(logits)
+        past = torch.full((batch,), start)
+        places = past[:, None] + torch.arange(count)
+        rows = torch.arange(batch * count)
+        logits, caches = step.program.run(ids[:, start : start + count], past, places, rows, caches)  # type: ignore[misc]
+        results.append(logits.reshape(batch, count, -1))
         start += count
-    return results
+    return torch.cat(results, 1)
 
 
 POSITIONS: dict[str, Positions] = {
@@ -104,50 +114,143 @@ MODELS: dict[str, Callable[[], Decoder]] = {
 }
 
 
+@lru_cache
+def program_of(name: str) -> Program:
+    return normalised(MODELS[name]())
+
+
+def step_of(name: str) -> StepProgram:
+    step = derive_step(program_of(name))
+    assert isinstance(step, StepProgram), step
+    return step
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("chunks", [[LENGTH], [1] * LENGTH, [4, 1, 6]], ids=["whole", "single", "mixed"])
 def test_step_equals_the_model_without_cache(name: str, chunks: list[int]) -> None:
     model = MODELS[name]()
     ids = torch.randint(WORDS, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    found = run_in_chunks(step_of(name), ids, chunks)
+    torch.testing.assert_close(found, model(ids), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sequences_of_different_lengths_share_a_call(name: str) -> None:
+    """Rows of both sequences behind pasts of 6 and 2, chosen rows only: each as if it were alone."""
+    model = MODELS[name]()
+    step = step_of(name)
+    ids = torch.randint(WORDS, (2, LENGTH), generator=torch.Generator().manual_seed(2))
+    caches = empty_caches(step, 2, LENGTH, 6)
+    everything = torch.arange(12)
+    _, caches = step.program.run(  # type: ignore[misc]
+        ids[:, :6], torch.zeros(2, dtype=torch.int64), torch.arange(6).expand(2, 6), everything, caches
+    )
+    past = torch.tensor([6, 2])
+    new = torch.stack([ids[0, 6:9], ids[1, 2:5]])
+    chosen = torch.tensor([2, 4])  # the last of the first, the middle of the second
+    logits, _ = step.program.run(new, past, past[:, None] + torch.arange(3), chosen, caches)  # type: ignore[misc]
+    assert logits.shape == (1, 2, WORDS)
     expected = model(ids)
-    everything = torch.cat(run_in_chunks(derived(model, logits="all"), ids, chunks), 1)
-    torch.testing.assert_close(everything, expected, rtol=1e-9, atol=1e-9)
-    last = torch.cat(run_in_chunks(derived(model), ids, chunks), 1)
-    ends = torch.tensor(chunks).cumsum(0) - 1
-    torch.testing.assert_close(last, expected[:, ends], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits[0, 0], expected[0, 8], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits[0, 1], expected[1, 3], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_path_of_a_tree_equals_its_text(name: str) -> None:
+    """Rows 0 - 1 - 3 and 0 - 2 behind four tokens of text."""
+    model = MODELS[name]()
+    step = with_tree(step_of(name))
+    assert [node.name for node in step.program.placeholders][4] == "path"
+    text = torch.randint(WORDS, (1, 4), generator=torch.Generator().manual_seed(3))
+    new = torch.tensor([[5, 7, 8, 9]])
+    caches = empty_caches(step, 1, LENGTH, 3)
+    chain = torch.arange(4).expand(1, 4, 4).tril() - torch.ones(1, 4, 4, dtype=torch.int64).triu(1)
+    zero, rows = torch.zeros(1, dtype=torch.int64), torch.arange(4)
+    _, caches = step.program.run(text, zero, torch.arange(4)[None], rows, chain, caches)  # type: ignore[misc]
+    path = torch.tensor([[[0, -1, -1, -1], [0, 1, -1, -1], [0, 2, -1, -1], [0, 1, 3, -1]]])
+    places = torch.tensor([[4, 5, 5, 6]])
+    logits, _ = step.program.run(new, zero + 4, places, rows, path, caches)  # type: ignore[misc]
+    for row, tokens in enumerate(([5], [5, 7], [5, 8], [5, 7, 9])):
+        expected = model(torch.cat([text, torch.tensor([tokens])], 1))[0, -1]
+        torch.testing.assert_close(logits[0, row], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_signature_and_states() -> None:
-    step = derived(MODELS["window"]())
+    step = step_of("window")
     names = [node.name for node in step.program.placeholders]
-    assert names == ["ids", "past_key_0", "past_value_0", "past_key_1", "past_value_1"]
+    assert names == ["ids", "past", "positions", "rows", "key_0", "value_0", "key_1", "value_1"]
     assert [(state.kind, state.window, state.heads) for state in step.states] == [("window", 3, HEADS)] * 2
     assert step.states[0].bytes_per_token == 2 * WIDTH * 8
     assert all(state.mask_proof for state in step.states)
-    assert step.limit == PLACES and step.logits == "last"
+    assert (step.limit, step.vocabulary, step.token_limit) == (PLACES, WORDS, WORDS)
+
+
+def test_layers_of_one_kind_share_a_capacity() -> None:
+    class Mixed(Decoder):
+        def attend(self, x: Tensor, weight: Tensor) -> Tensor:
+            self.window = 3 if weight is self.get_buffer("qkv0") else None
+            return super().attend(x, weight)
+
+    step = derived(Mixed(POSITIONS["none"]))
+    assert [state.kind for state in step.states] == ["window", "causal"]
+    ring, wide, *_ = (shape_of(node)[2] for node in step.program.placeholders[4::2])
+    assert ring != wide
+    ids = torch.randint(WORDS, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    found = run_in_chunks(step, ids, [4, 1, 6])
+    torch.testing.assert_close(found, Mixed(POSITIONS["none"])(ids), rtol=1e-9, atol=1e-9)
 
 
 def test_metas_tell_the_truth() -> None:
-    step = derived(MODELS["slice from 3"]())
-    past = torch.zeros(5, 2, HEADS, WIDTH // HEADS, dtype=torch.float64)
-    check_metas(step.program.graph_module, [torch.arange(6).reshape(2, 3), past, past, past, past])
+    step = step_of("slice from 3")
+    past = torch.tensor([3, 1])
+    caches = empty_caches(step, 2, 8, 0)
+    check_metas(
+        step.program.graph_module,
+        [torch.arange(6).reshape(2, 3), past, past[:, None] + torch.arange(3), torch.arange(5), *caches],
+    )
 
 
-def test_only_the_last_position_runs_behind_the_last_attention() -> None:
-    step = derived(MODELS["arange"]())
-    (cut,) = (
-        node for node in step.program.graph.nodes
-        if node.target is aten.slice.Tensor and node.meta.get("made_by") == "rewrite_kv_cache"
-    )  # fmt: skip
+def test_only_the_chosen_rows_run_behind_the_last_attention() -> None:
+    step = step_of("arange")
     behind = [node for node in step.program.graph.nodes if node.target is aten.silu.default]
     rows = [shape_of(node)[1] for node in behind]
-    assert rows == [shape_of(step.program.placeholders[0])[1], 1], "the last layer's silu is cut too"
-    assert shape_of(cut)[1] == 1
+    batch, new = shape_of(step.program.placeholders[0])
+    assert rows == [batch * new, shape_of(step.program.placeholders[3])[0]], (
+        "the last layer's silu is cut too"
+    )
+
+
+def test_positions_behind_the_last_attention_are_those_of_the_chosen_rows() -> None:
+    class Late(Decoder):
+        def forward(self, ids: Tensor) -> Tensor:
+            words, places = self.get_buffer("words"), self.get_buffer("places")
+            late = places[torch.arange(ids.shape[1])] + places[2 : 2 + ids.shape[1]]
+            return super().forward(ids) * (ids >= 0)[:, :, None] + torch.ones_like(ids)[:, :, None] * (
+                late @ words.T
+            )
+
+    model = Late(POSITIONS["arange"])
+    step = derived(model)
+    ids = torch.randint(WORDS, (2, LENGTH), generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(run_in_chunks(step, ids, [4, 1, 6]), model(ids), rtol=1e-9, atol=1e-9)
+    past, places = torch.zeros(2, dtype=torch.int64), torch.arange(LENGTH).expand(2, LENGTH)
+    chosen = torch.tensor([LENGTH + 3, 7])
+    logits, _ = step.program.run(ids, past, places, chosen, empty_caches(step, 2, LENGTH, 0))  # type: ignore[misc]
+    expected = torch.stack([model(ids)[1, 3], model(ids)[0, 7]])
+    torch.testing.assert_close(logits[0], expected, rtol=1e-9, atol=1e-9)
+    assert not step.program.graph.find_nodes(op="call_function", target=torch.ops.torchweld.attention.default)
+
+
+def test_new_rows_are_written_once_and_the_old_cache_is_not_read() -> None:
+    """What lets an executable write in place."""
+    step = step_of("alibi")
+    for cache in step.program.placeholders[4:]:
+        readers = [user for user in cache.users if user.target is not aten.sym_size.int]
+        assert [str(reader.target) for reader in readers] == ["torchweld.append_rows.default"]
 
 
 def test_source_program_stays_as_it_is() -> None:
-    model = MODELS["arange"]()
-    program = normalised(model)
+    program = program_of("arange")
     before = str(program.graph)
     derive_step(program)
     assert str(program.graph) == before
@@ -155,12 +258,11 @@ def test_source_program_stays_as_it_is() -> None:
 
 def test_normalising_the_step_changes_nothing_in_its_numbers() -> None:
     model = MODELS["alibi"]()
-    step = derived(model)
+    step = step_of("alibi")
     for pass_ in (*CANONICALIZE, *RECOGNIZE):
         run_pass(step.program.graph_module, pass_)
     ids = torch.randint(WORDS, (2, LENGTH), generator=torch.Generator().manual_seed(1))
-    last = run_in_chunks(step, ids, [4, 7])[-1]
-    torch.testing.assert_close(last, model(ids)[:, -1:], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(run_in_chunks(step, ids, [4, 7]), model(ids), rtol=1e-9, atol=1e-9)
 
 
 def test_half_causal_mask_is_refused() -> None:
@@ -190,3 +292,17 @@ def test_mean_pooling_is_refused() -> None:
     assert isinstance(refusal, Refusal) and refusal.node is not None
     assert refusal.node.target is aten.mean.dim
     assert "mean over the sequence axis: a later token changes earlier outputs" in refusal.reason
+
+
+def test_a_fixed_batch_is_refused() -> None:
+    program = capture(MODELS["none"](), (torch.arange(14).reshape(2, 7),), dynamic={"ids": [1]}, verify=False)
+    for pass_ in (*CANONICALIZE, *RECOGNIZE):
+        run_pass(program.graph_module, pass_)
+    refusal = derive_step(program)
+    assert isinstance(refusal, Refusal) and "the batch of ids is fixed at 2" in refusal.reason
+
+
+def test_a_mask_by_position_on_top_of_a_window_is_refused() -> None:
+    model = Decoder(POSITIONS["none"], window=3, bias=lambda place: place.to(torch.float64) * 0.3)
+    refusal = derive_step(normalised(model))
+    assert isinstance(refusal, Refusal) and "left the ring" in refusal.reason

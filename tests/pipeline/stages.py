@@ -190,9 +190,13 @@ def run_plan(built: BuiltPlan, flat: Sequence[object], run_kernel: RunKernel) ->
             values |= dict(zip(step.results, step.module(*arguments), strict=True))
             continue
         pairs = list(zip(step.kernel.buffers, step.arguments, strict=True))
-        given = {buffer.name: values[name].contiguous() for buffer, name in pairs if buffer.role != "output"}
+        given = {
+            buffer.name: values[plan.in_place[name] if buffer.role == "update" else name].contiguous()
+            for buffer, name in pairs
+            if buffer.role != "output"
+        }
         results = run_kernel(step.kernel, given, sizes)
-        values |= {name: results[buffer.name] for buffer, name in pairs if buffer.role == "output"}
+        values |= {name: results[buffer.name] for buffer, name in pairs if buffer.is_written}
     return results_of(built, [values[name] for name in plan.outputs])
 
 

@@ -39,10 +39,12 @@ class TritonRunner:
         self, kernel: Kernel, buffers: Mapping[str, Tensor], sizes: Mapping[str, int]
     ) -> dict[str, Tensor]:
         module = self.modules.get(id(kernel)) or self.load(kernel)
+        updated = {b.name: buffers[b.name].clone() for b in kernel.buffers if b.role == "update"}
+        buffers = {**buffers, **updated}
         inputs = [buffers[buffer.name] for buffer in kernel.buffers if buffer.role != "output"]
         outputs = [buffer.name for buffer in kernel.buffers if buffer.role == "output"]
         results = module.launch(*inputs, **{size: sizes[size] for size in kernel.sizes})
-        return dict(zip(outputs, results, strict=True))
+        return dict(zip(outputs, results, strict=True)) | updated
 
     def load(self, kernel: Kernel) -> ModuleType:
         """The printed kernel as a module."""
