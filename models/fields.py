@@ -85,6 +85,13 @@ class Fields:
             raise self._error(key, value, "a table")
         return Fields(self.path, value)
 
+    def tables(self, key: str) -> tuple[Fields, ...]:
+        """An array of tables; required."""
+        value = self._get(key, None)
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise self._error(key, value, "an array of tables")
+        return tuple(Fields(self.path, item) for item in value)
+
     def require(self, key: str, allowed: tuple[object, ...]) -> None:
         """Refuse a setting whose meaning these models do not have; a missing or null key is fine."""
         value = self._values.get(key)

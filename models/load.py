@@ -24,7 +24,8 @@ from torchweld.models.from_gguf import GGUF_BUILDERS, architecture_of, model_fro
 from torchweld.models.gguf import read_gguf
 from torchweld.models.layers import StoredEmbedding
 from torchweld.models.safetensors import read_config
-from torchweld.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from torchweld.models.tokenizer import Tokenizer, tokenizer_from_folder
+from torchweld.models.tokenizer_gguf import tokenizer_from_gguf
 
 Kind = Literal["decoder", "encoder", "other"]
 _EXAMPLE_SIZE = (2, 8)  # neither 0 nor 1, which capture would take for constants

@@ -1,34 +1,54 @@
-"""Text to token ids and back: `tokenizers` objects built from a GGUF vocabulary or from tokenizer.json.
+"""Text to token ids and back, with the `tokenizers` library and the model's own files.
 
 A vocabulary takes up to seconds to build, so it is built on first use; loading a model does not wait for it.
+`tokenizer_gguf.py` builds from a GGUF vocabulary; here are the common face and Hugging Face's tokenizer.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 
-from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Core
-from tokenizers.models import BPE
 
 from torchweld.models.errors import ModelFileError
 from torchweld.models.fields import Fields
-from torchweld.models.gguf import GgufFile
 from torchweld.models.safetensors import read_config
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
-# control tokens that end a turn or a text, whatever eos_token_id says (the list of llama.cpp, for our models)
-_END_TEXTS = frozenset({"<|endoftext|>", "<|im_end|>", "<end_of_turn>", "<|eot_id|>"})
+_MOST_TEMPLATE_BYTES = 1 << 20  # the longest templates of public models are 30 KB
+
+
+class TextError(ValueError):
+    """A text that is no Unicode: names the place and what is there."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The Jinja source that makes one text of a conversation, and the special texts that it may write."""
+
+    source: str
+    bos_token: str = ""
+    eos_token: str = ""
 
 
 class Tokenizer:
-    """Token ids of a text, text of token ids. `bos`: put before every text; `eos`: ids that end a text."""
+    """Token ids of a text, text of token ids.
 
-    def __init__(self, path: Path, build: Callable[[], Core], bos: int | None, eos: tuple[int, ...]) -> None:
-        self.path, self._build, self.bos, self.eos = path, build, bos, eos
+    bos: put before every text. eos: ids that end a text. chat: how the model wants a conversation written, if its
+    files say so.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        build: Callable[[], Core],
+        bos: int | None,
+        eos: tuple[int, ...],
+        chat: ChatTemplate | None = None,
+    ) -> None:
+        self.path, self._build, self.bos, self.eos, self.chat = path, build, bos, eos, chat
 
     @cached_property
     def core(self) -> Core:
@@ -40,9 +60,22 @@ class Tokenizer:
         except Exception as error:  # `tokenizers` raises bare Exception
             raise ModelFileError(self.path, f"the vocabulary makes no tokenizer ({error})") from None
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, special tokens in it recognized, with the start token where the model wants one."""
-        ids: list[int] = self.core.encode(text).ids
+    def get_vocab(self) -> dict[str, int]:
+        """Token text -> id as the file spells it, special tokens included."""
+        return dict(self.core.get_vocab(with_added_tokens=True))
+
+    def encode(self, text: str, *, rendered: bool = False) -> list[int]:
+        """Ids of a text, special tokens in it recognized, with the start token (never twice) where the model wants one.
+
+        rendered: the text comes from a chat template, which has written the special tokens itself.
+        Raises TextError for half a surrogate pair (what Python makes of bytes that are not UTF-8).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            what = f"{text[error.start]!r} at character {error.start} is half a surrogate pair"
+            raise TextError(f"{what}; expected Unicode text, such as UTF-8 input gives") from None
+        ids: list[int] = self.core.encode(text, add_special_tokens=not rendered).ids
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -50,35 +83,22 @@ class Tokenizer:
         return str(self.core.decode(list(ids), skip_special_tokens=True))
 
 
-def tokenizer_from_gguf(file: GgufFile) -> Tokenizer | None:
-    """The tokenizer of a GGUF file; None where the file holds no vocabulary."""
-    fields = Fields(file.path, file.metadata)
-    if not fields.has("tokenizer.ggml.tokens"):
-        return None
-    tokens = fields.strings("tokenizer.ggml.tokens")
-    kind = fields.text("tokenizer.ggml.model")
-    build = _BUILDERS.get(kind)
-    if build is None:
-        raise ModelFileError(
-            file.path, f"unknown tokenizer.ggml.model {kind!r:.60}", f"one of {', '.join(_BUILDERS)}"
-        )
-    kinds = fields.numbers("tokenizer.ggml.token_type", len(tokens))
-    special = (i for i, kind in enumerate(kinds) if kind in (_CONTROL, _USER_DEFINED))
-    named = {i for i in special if tokens[i] in _END_TEXTS}
-    eos = fields.integer("tokenizer.ggml.eos_token_id", low=0, high=len(tokens) - 1)
-    adds_bos = fields.flag("tokenizer.ggml.add_bos_token", kind == "llama")
-    bos = fields.integer("tokenizer.ggml.bos_token_id", low=0, high=len(tokens) - 1) if adds_bos else None
-    return Tokenizer(file.path, lambda: build(fields), bos, tuple(sorted({eos, *named})))
-
-
 def tokenizer_from_folder(folder: Path, config: Fields) -> Tokenizer | None:
     """The tokenizer of a Hugging Face folder (tokenizer.json); None where there is none."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    name = "generation_config.json"
-    eos = _eos_ids(read_config(folder, name)) if (folder / name).is_file() else ()
-    return Tokenizer(path, lambda: _from_json(path), None, eos or _eos_ids(config))
+    eos = _eos_ids(_optional(folder, "generation_config.json")) or _eos_ids(config)
+    return Tokenizer(path, lambda: _from_json(path), None, eos, _template_of(folder))
+
+
+def check_template(path: Path, source: str) -> str:
+    """The source of a chat template, unless it is far longer than any of them (ModelFileError)."""
+    if len(source.encode("utf-8", errors="surrogatepass")) > _MOST_TEMPLATE_BYTES:
+        raise ModelFileError(
+            path, f"a chat template of {len(source)} characters", f"{_MOST_TEMPLATE_BYTES} bytes at most"
+        )
+    return source
 
 
 def _from_json(path: Path) -> Core:
@@ -86,6 +106,11 @@ def _from_json(path: Path) -> Core:
     core.no_padding()  # files saved by sentence-transformers pad every text to one length
     core.no_truncation()
     return core
+
+
+def _optional(folder: Path, name: str) -> Fields:
+    """A JSON file of the folder; no fields where it is missing."""
+    return read_config(folder, name) if (folder / name).is_file() else Fields(folder / name, {})
 
 
 def _eos_ids(config: Fields) -> tuple[int, ...]:
@@ -98,88 +123,40 @@ def _eos_ids(config: Fields) -> tuple[int, ...]:
         return tuple(sorted(config.integers("eos_token_id")))
 
 
-def _byte_level(fields: Fields) -> Core:
-    """GPT-2's byte-level BPE: merges are listed, the pre-tokenizer is named by tokenizer.ggml.pre."""
-    name = fields.text("tokenizer.ggml.pre", "gpt-2")
-    if name not in _PRE_TOKENIZERS:
-        raise ModelFileError(
-            fields.path, f"unknown tokenizer.ggml.pre {name!r:.60}", f"one of {', '.join(_PRE_TOKENIZERS)}"
-        )
-    tokens = fields.strings("tokenizer.ggml.tokens")
-    merges = [_pair(fields.path, merge) for merge in fields.strings("tokenizer.ggml.merges")]
-    core = Core(BPE(vocab={text: i for i, text in enumerate(tokens)}, merges=merges))
-    core.pre_tokenizer = _PRE_TOKENIZERS[name]()
-    core.decoder = decoders.ByteLevel()
-    _add_special(core, fields, tokens)
-    return core
-
-
-def _pair(path: Path, merge: str) -> tuple[str, str]:
-    left, space, right = merge.partition(" ")
-    if not (left and space and right):
-        raise ModelFileError(path, f"merge {merge!r:.60} in tokenizer.ggml.merges", "two texts with a space")
-    return left, right
-
-
-def _sentence_piece(fields: Fields) -> Core:
-    """SentencePiece BPE: pairs merge in order of the score of the token that they make."""
-    tokens = fields.strings("tokenizer.ggml.tokens")
-    kinds, scores = (fields.numbers(f"tokenizer.ggml.{key}", len(tokens)) for key in ("token_type", "scores"))
-    vocabulary = {text: i for i, text in enumerate(tokens)}
-    pairs: list[tuple[float, list[tuple[str, str]]]] = []
-    for text, kind, score in zip(tokens, kinds, scores, strict=True):
-        if kind == _USER_DEFINED:
-            pairs.append((float("-inf"), _splits(text, vocabulary)))  # always kept whole
-        elif kind == _NORMAL and len(text) > 1:
-            pairs.append((-score, _splits(text, vocabulary)))
-    pairs.sort(key=lambda pair: pair[0])
-    merges = [split for _, splits in pairs for split in splits]
-    unknown = tokens[fields.integer("tokenizer.ggml.unknown_token_id", 0, low=0, high=len(tokens) - 1)]
-    core = Core(BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefix = fields.flag("tokenizer.ggml.add_space_prefix", True)
-    spaces = normalizers.Replace(" ", "▁")
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    core.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
-    _add_special(core, fields, tokens)
-    return core
-
-
-def _splits(text: str, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    """All ways to make a token from two tokens, in order of their ids (as Hugging Face converts them)."""
-    cuts = ((text[:at], text[at:]) for at in range(1, len(text)))
-    found = [(a, b) for a, b in cuts if a in vocabulary and b in vocabulary]
-    return sorted(found, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-
-
-def _add_special(core: Core, fields: Fields, tokens: tuple[str, ...]) -> None:
-    kinds = fields.numbers("tokenizer.ggml.token_type", len(tokens))
-    control = (text for text, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL)
-    defined = (text for text, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED)
-    core.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in control])
-    core.add_tokens([AddedToken(text, normalized=False) for text in defined])
-
-
-def _gpt2_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _smollm_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2_pre_tokenizer()])
-
-
-def _llama3_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+def _template_of(folder: Path) -> ChatTemplate | None:
+    """chat_template.jinja, or the template in tokenizer_config.json; None where there is neither."""
+    config = _optional(folder, "tokenizer_config.json")
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            source = file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelFileError(file, f"cannot be read ({error})", "a text file") from None
+    elif config.has("chat_template"):
+        source = _default_template(config)
+    else:
+        return None
+    return ChatTemplate(
+        check_template(file, source), _token(config, "bos_token"), _token(config, "eos_token")
     )
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-_PRE_TOKENIZERS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = MappingProxyType(
-    {"gpt-2": _gpt2_pre_tokenizer, "smollm": _smollm_pre_tokenizer, "llama-bpe": _llama3_pre_tokenizer}
-)
-_BUILDERS: Mapping[str, Callable[[Fields], Core]] = MappingProxyType(
-    {"gpt2": _byte_level, "llama": _sentence_piece}
-)
+def _default_template(config: Fields) -> str:
+    """A template alone, or the one called "default" of several."""
+    try:
+        return config.text("chat_template")
+    except ModelFileError:
+        for named in config.tables("chat_template"):
+            if named.text("name") == "default":
+                return named.text("template")
+        raise
+
+
+def _token(config: Fields, key: str) -> str:
+    """The text of a special token: alone, or in a table of its properties; "" where there is none."""
+    if not config.has(key):
+        return ""
+    try:
+        return config.text(key)
+    except ModelFileError:
+        return config.sub(key).text("content")

@@ -10,7 +10,8 @@ from torchweld.models.builtin import find_builtin
 from torchweld.models.errors import ModelFileError
 from torchweld.models.gguf import GgufFile, Value, read_gguf
 from torchweld.models.safetensors import read_config
-from torchweld.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from torchweld.models.tokenizer import ChatTemplate, TextError, Tokenizer, tokenizer_from_folder
+from torchweld.models.tokenizer_gguf import tokenizer_from_gguf
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +43,63 @@ def test_round_trip(text: str, smollm2: Tokenizer, gemma3: Tokenizer) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=st.text(st.characters(max_codepoint=0xD7FF, exclude_categories=("Cc",)), max_size=40))
+@given(
+    text=st.text(
+        st.characters(max_codepoint=0xD7FF, exclude_categories=("Cc",), exclude_characters="<"), max_size=40
+    )
+)
 def test_byte_level_round_trip(text: str, smollm2: Tokenizer) -> None:
-    # no control characters, no higher planes: some of their bytes have no token in this vocabulary
+    # no control characters, no higher planes: some of their bytes have no token in this vocabulary;
+    # no special tokens, which begin with <
     assert smollm2.decode(smollm2.encode(text)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=40))
+def test_sentence_piece_round_trip(text: str, gemma3: Tokenizer) -> None:
+    # every character has a token or bytes; only SentencePiece's own sign for a space does not come back
+    assert gemma3.decode(gemma3.encode(text)) == text.replace("▁", " ")
+
+
+def test_half_a_surrogate_pair_is_no_text(smollm2: Tokenizer, gemma3: Tokenizer) -> None:
+    for tokenizer in (smollm2, gemma3):
+        with pytest.raises(TextError, match=r"'\\udcff' at character 2 is half a surrogate pair"):
+            tokenizer.encode("ab\udcff")
+
+
+def test_vocabulary_and_special_texts(smollm2: Tokenizer, gemma3: Tokenizer) -> None:
+    assert len(smollm2.get_vocab()) == 49152 and len(gemma3.get_vocab()) == 262144
+    assert (smollm2.get_vocab()["<|im_end|>"], gemma3.get_vocab()["<end_of_turn>"]) == (2, 106)
+    assert isinstance(smollm2.chat, ChatTemplate) and smollm2.chat.bos_token == "<|im_start|>"
+    assert gemma3.chat is None
+
+
+@pytest.mark.parametrize(
+    ("pre", "flag", "expected"),
+    [("smollm", None, None), ("llama-bpe", None, 1), ("llama-bpe", False, None), ("smollm", True, 1)],
+)
+def test_who_begins_with_the_start_token(
+    pre: str, flag: bool | None, expected: int | None, smollm2_file: GgufFile
+) -> None:
+    metadata = dict(changed(smollm2_file, pre=pre).metadata)
+    del metadata["tokenizer.ggml.add_bos_token"]
+    if flag is not None:
+        metadata["tokenizer.ggml.add_bos_token"] = flag
+    file = GgufFile(
+        smollm2_file.path, smollm2_file.version, metadata, smollm2_file.tensors, smollm2_file._map
+    )
+    tokenizer = tokenizer_from_gguf(file)
+    assert tokenizer is not None and tokenizer.bos == expected
+    assert (tokenizer.encode("Hello")[0] == 1) is (expected == 1)
+
+
+def test_whole_words_first(smollm2_file: GgufFile) -> None:
+    # llama-bpe takes a word that is a token as it is, even if no merge makes it
+    file = changed(smollm2_file, pre="llama-bpe", add_bos_token=False, merges=("t h",))
+    tokenizer = tokenizer_from_gguf(file)
+    assert tokenizer is not None and len(tokenizer.encode("Hello")) == 1
+    plain = tokenizer_from_gguf(changed(smollm2_file, merges=("t h",)))
+    assert plain is not None and len(plain.encode("Hello")) == 5
 
 
 def test_smollm2_ids(smollm2: Tokenizer) -> None:
