@@ -8,14 +8,19 @@ torch eager.
 """
 
 import argparse
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
-from torchweld.decoding.complete import Completion, complete_text, language_tokenizer, logits_of
+from torchweld.decoding.generate import stream
+from torchweld.decoding.generate_command import language_tokenizer, recompute_model
+from torchweld.decoding.generation import Generation
+from torchweld.models.tokenizer import Tokenizer
 from torchweld.optimizer.cli import make_console
 from torchweld.optimizer.commands.baseline import decoded_model
 from torchweld.optimizer.commands.dump import dump_job, parse_targets
@@ -37,12 +42,25 @@ def step(console: Console, title: str) -> Iterator[None]:
     console.print(f"[dim]{time.perf_counter() - start:.1f} s[/dim]\n")
 
 
-def print_completions(console: Console, ours: Completion, eager: Completion) -> None:
+def complete(
+    call: Callable[[Tensor], object], tokenizer: Tokenizer, prompt: str, tokens: int, seconds: float
+) -> Generation:
+    """A greedy completion without a cache; ends early after `seconds`."""
+    pieces = stream(recompute_model(call), prompt, tokenizer=tokenizer, max_new_tokens=tokens)
+    end = time.perf_counter() + seconds
+    for _ in pieces:
+        if time.perf_counter() > end:
+            pieces.close()
+            break
+    return pieces.generation()
+
+
+def print_completions(console: Console, ours: Generation, eager: Generation) -> None:
     """The text, the two speeds, and whether the tokens are the same."""
-    console.print(ours.text.strip(), style="italic", markup=False)
-    ratio = ours.tokens_per_second / eager.tokens_per_second
-    console.print(f"torchweld   {ours.tokens_per_second:6.1f} tokens/s  ({ratio:.1f} times torch eager)")
-    console.print(f"torch eager {eager.tokens_per_second:6.1f} tokens/s")
+    console.print((ours.text or "").strip(), style="italic", markup=False)
+    fast, slow = ours.statistics.tokens_per_second, eager.statistics.tokens_per_second
+    console.print(f"torchweld   {fast:6.1f} tokens/s  ({fast / slow if slow else 0.0:.1f} times torch eager)")
+    console.print(f"torch eager {slow:6.1f} tokens/s")
     same = sum(1 for a, b in zip(ours.tokens, eager.tokens, strict=False) if a == b)
     compared = min(len(ours.tokens), len(eager.tokens))
     console.print(f"{same} of {compared} tokens are the same (greedy, recomputed for every token)")
@@ -71,10 +89,9 @@ def main() -> None:
         dump_job(job, parse_targets("sm_90,cpu"), KERNELS, console)
 
     with step(console, f"complete: {options.prompt}"):
-        ours = complete_text(logits_of(job), tokenizer, options.prompt, options.tokens, seconds=SECONDS)
-        eager = complete_text(
-            logits_of(decoded_model(subject.loaded.module)), tokenizer, options.prompt, options.tokens
-        )
+        module = decoded_model(subject.loaded.module)
+        ours = complete(job, tokenizer, options.prompt, options.tokens, SECONDS)
+        eager = complete(module, tokenizer, options.prompt, options.tokens, math.inf)
         print_completions(console, ours, eager)
 
 

@@ -12,6 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torchweld.decoding.cached import CachedModel as CachedModel
+    from torchweld.decoding.generate import generate as generate
+    from torchweld.decoding.generate import generate_batch as generate_batch
     from torchweld.graph.capture import capture as capture
     from torchweld.models.load import load_model as load_model
     from torchweld.optimizer.api import OptimizedModule as OptimizedModule
@@ -21,17 +24,31 @@ if TYPE_CHECKING:
     from torchweld.optimizer.report import Report as Report
 
 _HOMES = {
+    "CachedModel": "torchweld.decoding.cached",
     "OptimizedModule": "torchweld.optimizer.api",
     "Options": "torchweld.optimizer.compile",
     "Report": "torchweld.optimizer.report",
     "capture": "torchweld.graph.capture",
     "compile_program": "torchweld.optimizer.compile",
+    "generate": "torchweld.decoding.generate",
+    "generate_batch": "torchweld.decoding.generate",
     "load_model": "torchweld.models.load",
     "optimize": "torchweld.optimizer.api",
 }
 
 __version__ = "0.1.0"
-__all__ = ["OptimizedModule", "Options", "Report", "capture", "compile_program", "load_model", "optimize"]
+__all__ = [
+    "CachedModel",
+    "OptimizedModule",
+    "Options",
+    "Report",
+    "capture",
+    "compile_program",
+    "generate",
+    "generate_batch",
+    "load_model",
+    "optimize",
+]
 
 
 def __getattr__(name: str) -> object:
