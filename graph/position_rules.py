@@ -39,11 +39,29 @@ def _linear(function: Callable[[Any, Any], Any]) -> Rule:
         if node.kwargs:
             raise Unprovable(f"{node.name} has an alpha")
         left, right = (prover.operand(argument, index) for argument in node.args[:2])
+        if isinstance(left, Bands) != isinstance(right, Bands):
+            left, right = _as_integer(left), _as_integer(right)
         if not isinstance(left, Bands) and not isinstance(right, Bands):
-            return sympy.expand(function(left, right))
+            return _position(node, function(left, right))
         return prover.elementwise(function, node, index, 2)
 
     return rule
+
+
+def _as_integer(value: Value) -> Value:
+    """Bands that are one small whole number everywhere (a mask of ones as floats) as that number."""
+    number = value.single if isinstance(value, Bands) else None
+    if number is None or isinstance(number, bool) or not abs(number) < 2**24 or number != int(number):
+        return value
+    return sympy.Integer(int(number))
+
+
+def _position(node: fx.Node, value: Expr) -> Value:
+    """A computed position, if the dtype of `node` holds positions exactly (numbers are left to the casts)."""
+    value = sympy.expand(value)
+    if not value.is_Integer and tensor_of(node).dtype not in EXACT_FOR_POSITIONS:
+        raise Unprovable(f"{node.name} rounds positions to {tensor_of(node).dtype}")
+    return value
 
 
 def _comparison(kind: str) -> Rule:
@@ -197,6 +215,16 @@ def _gather_by_index(prover: Prover, node: fx.Node, index: Index) -> Value:
     return prover.value(source, (*places, *index[len(index) - rest :]))
 
 
+def _gather(prover: Prover, node: fx.Node, index: Index) -> Value:
+    """x[.., places[index], ..] along one axis."""
+    source: Any = node.args[0]
+    axis = axis_argument(node, 1, "dim", len(index))
+    place = prover.operand(node.args[2], index)
+    if isinstance(place, Bands) or not prover.is_nonnegative(place):
+        raise Unprovable(f"{node.name} has an index that may be negative")
+    return prover.value(source, (*index[:axis], place, *index[axis + 1 :]))
+
+
 def _triangle(lower: bool) -> Rule:
     def rule(prover: Prover, node: fx.Node, index: Index) -> Value:
         diagonal = prover.size(argument(node, 1, "diagonal", 0))
@@ -215,7 +243,7 @@ def _cumulative_sum(prover: Prover, node: fx.Node, index: Index) -> Value:
     number = value.single if isinstance(value, Bands) else (int(value) if value.is_Integer else None)
     if number is None or number != int(number):
         raise Unprovable(f"{node.name} sums up values that differ")
-    return sympy.expand(int(number) * (index[axis] + 1))
+    return _position(node, int(number) * (index[axis] + 1))
 
 
 def _difference(prover: Prover, node: fx.Node, index: Index) -> Value:
@@ -281,6 +309,7 @@ RULES: dict[Any, Rule] = {
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index.Tensor: _gather_by_index,
+    aten.gather.default: _gather,
     aten.tril.default: _triangle(lower=True),
     aten.triu.default: _triangle(lower=False),
     aten.cumsum.default: _cumulative_sum,

@@ -56,9 +56,9 @@ Model = Annotated[
         help="smollm2, gemma3, minilm, a GGUF file, a Hugging Face folder, a .pt2, or file.py:factory",
     ),
 ]
-Batch = Annotated[int | None, typer.Option(min=1, help="Batch size [1 for language models].")]
-Length = Annotated[int | None, typer.Option("--seq", min=1, help="Sequence length [64 for language models].")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads [all cores].")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Batch size (1 for language models).")]
+Length = Annotated[int | None, typer.Option("--seq", min=1, help="Sequence length (64 for language models).")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads (all cores).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guide = Annotated[str, typer.Option(help="Decide fusions by the cost 'model' or by 'measure'.")]
 
@@ -106,6 +106,9 @@ def explain_(
     guide: Guide = "model",
     check: Annotated[bool, typer.Option(help="Also compare the result with float64.")] = True,
     profile: Annotated[bool, typer.Option(help="Also time every kernel and rate the cost model.")] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Say instead how MODEL decodes; exit code 1 if it does not.")
+    ] = False,
     json: Json = False,
     markdown: Annotated[bool, typer.Option(help="Print Markdown.")] = False,
 ) -> None:
@@ -115,6 +118,14 @@ def explain_(
 
     check_name("guide", guide, ("model", "measure"), "--guide")
     wish = Wish(batch, seq, threads, guide, 2 * int(check), profile=profile)  # 2: every pass as well
+    if decode:
+        from torchweld.optimizer.commands.decode import explain_subject_decoding, print_decoding
+
+        found = explain_subject_decoding(load_subject(model, wish), wish)
+        print_decoding(found, make_console(), as_json=json, as_markdown=markdown)
+        if not found.decodes:
+            raise typer.Exit(NO)
+        return
     job = explain_subject(load_subject(model, wish), wish)
     print_report(job.report, make_console(), as_json=json, as_markdown=markdown)
     if not is_right(job):
@@ -148,7 +159,7 @@ def dump(
 def check(
     model: Model,
     batch: Batch = None,
-    seq: Annotated[int | None, typer.Option("--seq", min=1, help="Sequence length [16].")] = 16,
+    seq: Annotated[int | None, typer.Option("--seq", min=1, help="Sequence length.")] = 16,
     threads: Threads = None,
     json: Json = False,
 ) -> None:

@@ -56,6 +56,8 @@ def keep_if_faster(compiled: Compiled, program: Program, flat_inputs: Sequence[o
         reason = f"slower than torch at these sizes: {verdict.compiled_ms:.3f} ms against {verdict.eager_ms:.3f} ms"
         compiled.executable, compiled.eager_reason = None, reason
         report = replace(report, fallbacks=(Fallback("the whole program", reason),))
+    else:
+        compiled.executable.release_stored()  # the captured graph has read them once more
     compiled.report = report
     return verdict
 

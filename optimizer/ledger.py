@@ -86,6 +86,19 @@ def _add(one: float | None, other: float | None) -> float | None:
 
 
 @dataclass(frozen=True)
+class MaskRecord:
+    """What the masks of `count` attentions were proved to be, how, and where one of them is.
+
+    name: none, causal, window 8, prefix, tensor; with what stays a tensor beside it, as in "causal and padding".
+    """
+
+    name: str
+    proof: str
+    where: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
 class LaunchRecord:
     """One launch of one kernel.
 
@@ -146,6 +159,7 @@ class Ledger:
     """Collects records in the order in which things happened; the one mutable object here."""
 
     passes: list[PassRecord] = field(default_factory=list)
+    masks: list[MaskRecord] = field(default_factory=list)
     launches: list[LaunchRecord] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torchweld.graph.partition import fused_module
 from torchweld.graph.program import Program, source_line
 from torchweld.graph.rewrite import Pass, PassOutcome, Refusal, run_pass
 from torchweld.graph.target import Target
-from torchweld.optimizer.ledger import Ledger, PassRecord, Phase, RefusalRecord
+from torchweld.optimizer.ledger import Ledger, MaskRecord, PassRecord, Phase, RefusalRecord
 from torchweld.passes import CANONICALIZE, FUSE, RECOGNIZE
 
 AnyPass = Pass[Any] | FusionPass
@@ -54,6 +54,7 @@ class Settings:
     measure: Measure | None = None
     after_pass: AfterPass | None = None
     ledger: Ledger = field(default_factory=Ledger)
+    lossy: tuple[Pass[Any], ...] = ()
 
     def wants(self, pass_: AnyPass) -> bool:
         """Whether a pass is to run."""
@@ -68,7 +69,7 @@ class Settings:
 def run_graph_passes(program: Program, settings: Settings) -> Program:
     """A copy of `program` with the graph passes applied; records go to the ledger."""
     program = program.copied()
-    for pass_ in GRAPH_PASSES:
+    for pass_ in (*GRAPH_PASSES, *settings.lossy):
         if not settings.wants(pass_):
             continue
         start = time.perf_counter()
@@ -77,7 +78,20 @@ def run_graph_passes(program: Program, settings: Settings) -> Program:
         _record(settings.ledger, pass_, outcome, start)
         if settings.after_pass is not None and outcome.applied:
             settings.after_pass(str(pass_.NAME), program.graph_module)
+    settings.ledger.masks.extend(_masks(program.graph_module))
     return program
+
+
+def _masks(graph_module: fx.GraphModule) -> list[MaskRecord]:
+    """One record per kind of mask and proof, in graph order."""
+    records: dict[tuple[str, str], MaskRecord] = {}
+    for node in graph_module.graph.nodes:
+        if "mask_name" not in node.meta:
+            continue
+        key = str(node.meta["mask_name"]), str(node.meta["mask_proof"])
+        known = records.get(key, MaskRecord(*key, f"{node.name} ({source_line(node)})", 0))
+        records[key] = replace(known, count=known.count + 1)
+    return list(records.values())
 
 
 def fuse(program: Program, settings: Settings) -> GroupGraph:

@@ -17,6 +17,7 @@ from torchweld.optimizer.ledger import (
     Fallback,
     KernelRecord,
     LaunchRecord,
+    MaskRecord,
     PassRecord,
     Phase,
     bytes_over_minimum,
@@ -28,6 +29,7 @@ from torchweld.optimizer.report_tables import (
     Table,
     fallback_table,
     kernel_table,
+    mask_table,
     pass_table,
     phase_table,
     refusal_table,
@@ -54,6 +56,7 @@ class Report:
     target: Target
     sizes: tuple[tuple[str, int], ...] = ()
     passes: tuple[PassRecord, ...] = ()
+    masks: tuple[MaskRecord, ...] = ()
     launches: tuple[LaunchRecord, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
     phases: tuple[Phase, ...] = ()
@@ -125,6 +128,7 @@ class Report:
             "rank_correlation": self.rank_correlation,
             "arena_bytes": self.arena_bytes,
             "passes": [asdict(record) for record in self.passes],
+            "masks": [asdict(record) for record in self.masks],
             "kernels": [asdict(record) for record in self.kernels],
             "fallbacks": [asdict(record) for record in self.fallbacks],
             "phases": [asdict(record) for record in self.phases],
@@ -136,6 +140,7 @@ class Report:
         tables = (
             pass_table(merge_runs(self.passes)),
             refusal_table(merge_runs(self.passes)),
+            mask_table(self.masks),
             kernel_table(self.kernels),
             fallback_table(self.fallbacks),
             phase_table(self.phases),

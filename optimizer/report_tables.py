@@ -10,7 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from torchweld.optimizer.ledger import Fallback, KernelRecord, PassRecord, Phase
+from torchweld.optimizer.ledger import Fallback, KernelRecord, MaskRecord, PassRecord, Phase
 
 Justify = Literal["left", "right"]
 
@@ -102,6 +102,13 @@ def refusal_table(passes: Sequence[PassRecord]) -> Table:
         places = {refusal.reason: refusal.where for refusal in reversed(record.refused)}
         rows += [(record.name, str(count), reason, places[reason]) for reason, count in record.reasons()]
     return Table("Refused", columns, tuple(rows))
+
+
+def mask_table(masks: Sequence[MaskRecord]) -> Table:
+    """What every attention's mask was proved to be, and how: one line per kind and proof."""
+    columns = Column("mask", "left"), Column("layers"), Column("how it is known", "left", wide=True)
+    rows = tuple((mask.name, str(mask.count), mask.proof) for mask in masks)
+    return Table("Attention masks (proved for every size, never taken from an example)", columns, rows)
 
 
 def kernel_table(kernels: Sequence[KernelRecord]) -> Table:

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from torchweld.codegen.build_plan import BuiltPlan
 from torchweld.codegen.cache import Cache, CacheError, make_key
-from torchweld.codegen.executable import BuildError, Executable
+from torchweld.codegen.executable import BuildError
 from torchweld.codegen.plan import Plan
 from torchweld.codegen.plan_json import SHARED, check_stored_plan, name_tensors
 from torchweld.codegen.probe import measured_target
@@ -33,7 +33,7 @@ from torchweld.graph.capture_inputs import positional_names
 from torchweld.graph.fingerprint import fingerprint
 from torchweld.graph.program import Program
 from torchweld.graph.value_reads import ValueReads, digest_values
-from torchweld.optimizer.compile import Compiled, Options
+from torchweld.optimizer.compile import Compiled, Options, make_executable
 from torchweld.optimizer.environment import read_environment
 from torchweld.optimizer.ledger import Ledger, Phase
 from torchweld.optimizer.pipeline import pass_names
@@ -92,7 +92,7 @@ class WarmStart:
             self._check_values(entry)
             program = self._signature(entry)
             loaded = time.perf_counter()
-            executable = Executable(entry.plan, threads=self.options.threads, cache=self.cache)
+            executable = make_executable(entry.plan, self.options, self.cache)
         except (DamagedRecord, BuildError) as problem:
             log.info("no warm start of %s: %s", type(self.model).__name__, problem)
             return None
@@ -159,7 +159,7 @@ def find_warm_start(
     """Where to look for, and to keep, the plan of `model(*args, **kwargs)`; None where there can be no warm start."""
     environment = read_environment(pass_names())
     watched = options.after_pass is not None or environment.dump is not None or environment.verify
-    if not options.warm or watched or not isinstance(model, nn.Module):
+    if not options.warm or watched or options.lossy or not isinstance(model, nn.Module):
         return None
     began = time.perf_counter()
     cache = options.cache or Cache()

@@ -9,8 +9,11 @@ from torchweld.graph.rewrite import Pass
 from torchweld.passes import (
     canonicalize_activations,
     canonicalize_arithmetic,
+    canonicalize_einsum,
     canonicalize_identities,
     canonicalize_linear,
+    canonicalize_lookups,
+    canonicalize_scores,
     canonicalize_slices,
     canonicalize_views,
     eliminate_common_subexpressions,
@@ -33,6 +36,8 @@ CANONICALIZE: Final[tuple[Pass[Any], ...]] = (
     # only go once no aten.view relies on it.
     canonicalize_views,
     canonicalize_slices,
+    # Before folding, which turns the reshaped weight of an einsum back into a weight.
+    canonicalize_einsum,
     canonicalize_identities,
     # Before folding, so that thirty equal factories become one constant rather than thirty.
     eliminate_common_subexpressions,
@@ -45,6 +50,8 @@ CANONICALIZE: Final[tuple[Pass[Any], ...]] = (
     canonicalize_slices,
     canonicalize_identities,
     canonicalize_activations,
+    canonicalize_lookups,
+    canonicalize_scores,
     canonicalize_linear,
     # linear leaves permute(weight) for [in, out] weights.
     canonicalize_views,

@@ -1,7 +1,7 @@
 """One spelling for views that keep all elements: aten.reshape and aten.permute.
 
-before:  view, _unsafe_view, squeeze, unsqueeze, flatten, unflatten; transpose, t, movedim; expand_as,
-         broadcast_to
+before:  view, _unsafe_view, squeeze, unsqueeze, flatten, unflatten; transpose, t, mT, movedim; expand_as,
+         broadcast_to; stack([x, x, ...]); repeat_interleave(x, n, dim)
 after:   aten.reshape; aten.permute; aten.expand, with chains of reshape (or of permute) merged into one
 why:     later passes and the code generator meet two ops instead of twenty, and views of views disappear
 legal:   a squeezed size is fixed at 1; every symbolic size of the result can be read from a node
@@ -20,6 +20,7 @@ from torch import fx
 
 from torchweld.graph.edit import comes_before
 from torchweld.graph.match import (
+    argument,
     aten,
     axis_argument,
     dim_key,
@@ -51,13 +52,13 @@ def read_sizes(graph_module: fx.GraphModule, node: fx.Node, sizes: Sequence[Any]
     symbolic = [size for size in sizes if not isinstance(size, int)]
     if len(symbolic) == 1 and 0 not in sizes:
         return [size if isinstance(size, int) else -1 for size in sizes]
-    read = [size if isinstance(size, int) else _read_size(graph_module, node, size) for size in sizes]
+    read = [size if isinstance(size, int) else read_size(graph_module, node, size) for size in sizes]
     if read.count(None) > 1:
         return None
     return [-1 if size is None else size for size in read]
 
 
-def _read_size(graph_module: fx.GraphModule, node: fx.Node, size: Any) -> fx.Node | Spelling | int | None:
+def read_size(graph_module: fx.GraphModule, node: fx.Node, size: Any) -> fx.Node | Spelling | int | None:
     """Something before `node` whose value is `size`: a node that the graph has, a new sym_size of an input, or a
     product of such."""
     readers: Sequence[fx.Node] = graph_module.graph.find_nodes(op="call_function", target=aten.sym_size.int)
@@ -70,7 +71,7 @@ def _read_size(graph_module: fx.GraphModule, node: fx.Node, size: Any) -> fx.Nod
     if isinstance(size, sympy.Integer):
         return int(size)
     if isinstance(size, sympy.Mul):
-        factors: list[Any] = [_read_size(graph_module, node, factor) for factor in size.args]
+        factors: list[Any] = [read_size(graph_module, node, factor) for factor in size.args]
         if None not in factors:
             product: Spelling = functools.reduce(
                 lambda left, right: Spelling(operator.mul, (left, right)), factors
@@ -145,6 +146,11 @@ def _reverse(graph_module: fx.GraphModule, node: fx.Node) -> Spelling:
     return Spelling(aten.permute.default, (node.args[0], list(reversed(range(rank_of(node))))))
 
 
+def _swap_last(graph_module: fx.GraphModule, node: fx.Node) -> Spelling:
+    rank = rank_of(node)
+    return Spelling(aten.permute.default, (node.args[0], [*range(rank - 2), rank - 1, rank - 2]))
+
+
 def _movedim(graph_module: fx.GraphModule, node: fx.Node) -> Spelling:
     rank = rank_of(node)
     given: Any = node.args[1:3]
@@ -156,16 +162,56 @@ def _movedim(graph_module: fx.GraphModule, node: fx.Node) -> Spelling:
 
 
 def _expand(graph_module: fx.GraphModule, node: fx.Node) -> Spelling | Refusal:
-    sizes = read_sizes(graph_module, node, shape_of(node))
+    sizes = _expanded_sizes(graph_module, node)
     if sizes is None:
         return Refusal("a symbolic size of the result cannot be read from any node", node)
-    symbolic = [axis for axis, size in enumerate(sizes) if isinstance(size, int) and size == -1]
-    for axis in symbolic:  # -1 means "as it is" to expand, not "what is left" as it does to reshape
-        size = _read_size(graph_module, node, dim_key(tensor_of(node).shape[axis]))
-        if size is None:
-            return Refusal("a symbolic size of the result cannot be read from any node", node)
-        sizes[axis] = size
     return Spelling(aten.expand.default, (node.args[0], sizes))
+
+
+def _expanded_sizes(graph_module: fx.GraphModule, node: fx.Node) -> list[Any] | None:
+    """The sizes of `node` as arguments of an expand: -1 means "as it is" there, not "what is left"."""
+    sizes = read_sizes(graph_module, node, shape_of(node))
+    if sizes is None:
+        return None
+    for axis in [axis for axis, size in enumerate(sizes) if isinstance(size, int) and size == -1]:
+        sizes[axis] = read_size(graph_module, node, dim_key(tensor_of(node).shape[axis]))
+    return None if None in sizes else sizes
+
+
+def _stack(graph_module: fx.GraphModule, node: fx.Node) -> Spelling | Refusal | None:
+    """A stack of the same tensor several times, as models repeat heads."""
+    parts: Any = node.args[0]
+    source = parts[0]
+    if any(part is not source for part in parts) or not isinstance(source, fx.Node):
+        return None
+    axis = axis_argument(node, 1, "dim", rank_of(node))
+    shape = [1 if place == axis else size for place, size in enumerate(shape_of(node))]
+    sizes, wide = read_sizes(graph_module, node, shape), _expanded_sizes(graph_module, node)
+    if sizes is None or wide is None:
+        return Refusal("a symbolic size of the result cannot be read from any node", node)
+    return Spelling(aten.expand.default, (Spelling(aten.reshape.default, (source, sizes)), wide))
+
+
+def _repeat_interleave(graph_module: fx.GraphModule, node: fx.Node) -> Spelling | Refusal | None:
+    """Every entry so many times along an axis: reshape, expand, reshape."""
+    source: Any = node.args[0]
+    times = node.args[1]
+    axis = argument(node, 2, "dim")
+    if not isinstance(times, int) or axis is None:
+        return None
+    axis %= rank_of(source)
+    before, after = shape_of(source)[: axis + 1], shape_of(source)[axis + 1 :]
+    shapes = ((*before, 1, *after), (*before, times, *after), shape_of(node))
+    narrow, wide, merged = (read_sizes(graph_module, node, shape) for shape in shapes)
+    if narrow is None or wide is None or merged is None:
+        return Refusal("a symbolic size of the result cannot be read from any node", node)
+    for place, size in enumerate(wide):  # -1 means "as it is" to expand
+        if isinstance(size, int) and size == -1:
+            wide[place] = read_size(graph_module, node, shapes[1][place])
+    if None in wide:
+        return Refusal("a symbolic size of the result cannot be read from any node", node)
+    inserted = Spelling(aten.reshape.default, (source, narrow))
+    return Spelling(aten.reshape.default, (Spelling(aten.expand.default, (inserted, wide)), merged))
 
 
 RULES: Final[dict[Target, Rule]] = {
@@ -185,9 +231,12 @@ RULES: Final[dict[Target, Rule]] = {
     **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), _squeeze),
     **dict.fromkeys((aten.transpose.int, aten.swapaxes.default, aten.swapdims.default), _transpose),
     **dict.fromkeys((aten.t.default, aten.numpy_T.default), _reverse),
+    aten.mT.default: _swap_last,
     **dict.fromkeys(
         (aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist), _movedim
     ),
+    aten.stack.default: _stack,
+    aten.repeat_interleave.self_int: _repeat_interleave,
     **dict.fromkeys((aten.expand_as.default, aten.broadcast_to.default), _expand),
 }
 

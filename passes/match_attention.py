@@ -24,10 +24,14 @@ from torchweld.graph.match import (
     shape_of,
 )
 from torchweld.graph.rewrite import Refusal
+from torchweld.passes.match_heads import Operand, check_heads, key_operand, merge_groups, without_repeats
 
 NEVER_A_SCORE: Final = -1e9
 """What sources write for "hidden" where they do not write -inf. Beside a visible score above -1e9 + 104 its
 exponential is 0 in float32; at such scores float32 steps by 64 and the model has no meaning left."""
+
+
+NO_HEADS: Final = "query, key and value do not have the axes [batch, heads, positions, features]"
 
 
 def hidden_below(dtype: torch.dtype) -> float:
@@ -54,23 +58,9 @@ class Mask:
 
 
 @dataclass(frozen=True)
-class Operand:
-    """Query, key or value: a node, seen through a permutation of its axes if there is one."""
-
-    node: fx.Node
-    order: tuple[int, ...] | None = None
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        """Sizes after the permutation."""
-        shape = shape_of(self.node)
-        return shape if self.order is None else tuple(shape[axis] for axis in self.order)
-
-
-@dataclass(frozen=True)
 class Attention:
     """What recognize_attention needs: operands with 3 or 4 axes, the shape [batch, heads, queries, keys] of
-    the scores and what is done to them."""
+    the scores and what is done to them. `top_left`: query t sees the keys up to t, however many there are."""
 
     query: Operand
     key: Operand
@@ -80,6 +70,7 @@ class Attention:
     soft_cap: float
     masks: tuple[Mask, ...]
     causal: bool = False
+    top_left: bool = False
 
 
 def match_sdpa(graph_module: fx.GraphModule, node: fx.Node) -> Attention | Refusal:
@@ -88,70 +79,30 @@ def match_sdpa(graph_module: fx.GraphModule, node: fx.Node) -> Attention | Refus
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
     if argument(node, 4, "dropout_p", 0.0) != 0:
         return Refusal("dropout is training", node)
-    if not all(rank_of(part) == 4 for part in (query, key, value)):
-        return Refusal("query, key and value do not have the axes [batch, heads, positions, features]", node)
-    features = shape_of(query)[3]
+    ranks = {rank_of(part) for part in (query, key, value)}
+    if ranks not in ({3}, {4}):
+        return Refusal(NO_HEADS, node)
+    features = shape_of(query)[-1]
     scale = argument(node, 6, "scale")
     if scale is None and not isinstance(features, int):
         return Refusal("the number of features is not fixed", node)
-    causal = bool(argument(node, 5, "is_causal", False))
-    shape = (*shape_of(query)[:3], shape_of(key)[2])
-    if causal and shape[2] != shape[3]:
-        # torch aligns the triangle at the first key, torchweld at the last: equal only for as many keys as
-        # queries.
-        return Refusal("is_causal with different numbers of queries and keys", node)
     operands = Operand(query), Operand(key), Operand(value)
-    refusal = check_heads(node, *operands, grouped=bool(argument(node, 7, "enable_gqa", False)))
-    if refusal is not None:
-        return refusal
+    batch, *heads = shape_of(query)[:-2]
+    shape = (batch, heads[0] if heads else 1, shape_of(query)[-2], shape_of(key)[-2])
+    if heads:
+        refusal = check_heads(node, *operands, grouped=bool(argument(node, 7, "enable_gqa", False)))
+        if refusal is not None:
+            return refusal
+        operands = operands[0], *without_repeats(*operands[1:])
+    elif any(part.shape[0] != batch for part in operands):
+        return Refusal("batch sizes of query, key and value differ", node)
+    causal = bool(argument(node, 5, "is_causal", False))
+    # torch aligns the triangle at the first key, torchweld at the last: equal only for as many keys as queries.
+    square = shape[2] == shape[3]
     mask = argument(node, 3, "attn_mask")
     scale = 1 / math.sqrt(features) if scale is None else float(scale)
     masks = (Mask(mask),) if mask is not None else ()
-    return Attention(operands[0], *without_repeats(*operands[1:]), shape, scale, 0.0, masks, causal)
-
-
-def check_heads(
-    node: fx.Node, query: Operand, key: Operand, value: Operand, *, grouped: bool
-) -> Refusal | None:
-    """Batch sizes equal; key and value heads equal to the query's, or one, or (grouped) a divisor."""
-    (batch, heads), keys, values = query.shape[:2], key.shape[:2], value.shape[:2]
-    if keys[0] != batch or values[0] != batch:
-        return Refusal("batch sizes of query, key and value differ", node)
-    if keys[1] != values[1]:
-        return Refusal("key and value have different numbers of heads", node)
-    divides = isinstance(heads, int) and isinstance(keys[1], int) and keys[1] > 0 and heads % keys[1] == 0
-    if keys[1] == heads or keys[1] == 1 or (grouped and divides):
-        return None
-    return Refusal("query heads cannot be grouped over the key heads", node)
-
-
-def without_repeats(key: Operand, value: Operand) -> tuple[Operand, Operand]:
-    """Key and value before every head was repeated for its group of query heads, if both were alike."""
-    bare_key = _before_repeat(key.node) if key.order is None else None
-    bare_value = _before_repeat(value.node)
-    if bare_key is None or bare_value is None or shape_of(bare_key)[1] != shape_of(bare_value)[1]:
-        return key, value
-    return Operand(bare_key), Operand(bare_value)
-
-
-def _before_repeat(node: fx.Node) -> fx.Node | None:
-    """x [b, h, s, d] for reshape(expand(x[:, :, None])) and for repeat_interleave(x, g, 1)."""
-    if is_call(node, aten.repeat_interleave.self_int):
-        source: Any = node.args[0]
-        axis = argument(node, 2, "dim")
-        return source if axis in (1, -3) and rank_of(node) == 4 else None
-    expanded: Any = node.args[0] if is_call(node, aten.reshape.default) else None
-    inserted: Any = expanded.args[0] if is_call(expanded, aten.expand.default) else None
-    if not is_call(inserted, aten.reshape.default) or rank_of(inserted) != 5:
-        return None
-    source = inserted.args[0]
-    batch, heads, one, positions, features = shape_of(inserted)
-    groups = shape_of(expanded)[2]
-    kept = (batch, heads, positions, features)
-    wide = (batch, heads, groups, positions, features)
-    if one != 1 or shape_of(source) != kept or shape_of(expanded) != wide or not isinstance(groups, int):
-        return None
-    return source if shape_of(node) == (batch, heads * groups, positions, features) else None
+    return Attention(*operands, shape, scale, 0.0, masks, causal and square, causal and not square)
 
 
 def weights_of(product: fx.Node) -> fx.Node | None:
@@ -162,6 +113,18 @@ def weights_of(product: fx.Node) -> fx.Node | None:
     return (
         node if is_call(node, aten.softmax.int, aten._softmax.default, aten._safe_softmax.default) else None
     )
+
+
+def cut_weights_of(product: fx.Node) -> fx.Node | None:
+    """The slice that leaves out weights between a softmax and `product`, as models with attention sinks do."""
+    node: Any = product.args[0]
+    while is_call(node, aten._to_copy.default, aten.reshape.default, aten.slice.Tensor):
+        if is_call(node, aten.slice.Tensor) and is_call(
+            node.args[0], aten.softmax.int, aten._softmax.default
+        ):
+            return node if isinstance(node, fx.Node) else None
+        node = node.args[0]
+    return None
 
 
 def match_naive(graph_module: fx.GraphModule, product: fx.Node) -> Attention | Refusal:
@@ -182,7 +145,12 @@ def match_naive(graph_module: fx.GraphModule, product: fx.Node) -> Attention | R
     assert isinstance(query, fx.Node) and isinstance(right, fx.Node)
     key, factor = _key(graph_module, right)
     operands = Operand(query), key, Operand(value)
-    if rank_of(query) == 4:
+    if rank_of(query) == 5:
+        merged = merge_groups(*operands)
+        if merged is None:
+            return Refusal(NO_HEADS, product)
+        operands = merged
+    elif rank_of(query) == 4:
         refusal = check_heads(product, *operands, grouped=False)
         if refusal is not None:
             return refusal
@@ -203,27 +171,19 @@ def _check_weights(product: fx.Node, softmax: fx.Node, value: fx.Node) -> Refusa
             return Refusal("the attention weights are reshaped beyond batch and heads", following)
         node = following
     left: Any = product.args[0]
-    if rank_of(value) not in (3, 4) or rank_of(value) != rank_of(left):
-        return Refusal(
-            "query, key and value do not have the axes [batch, heads, positions, features]", product
-        )
+    if rank_of(value) not in (3, 4, 5) or rank_of(value) != rank_of(left):
+        return Refusal(NO_HEADS, product)
     return None
 
 
 def _key(graph_module: fx.GraphModule, right: fx.Node) -> tuple[Operand, float]:
-    """Key [.., s, d] and the constant factor on it, from the right operand [.., d, s] of the scores."""
+    """Key and the constant factor on it, from the right operand [.., d, s] of the scores."""
     scale = 1.0
     scaled = _times_number(graph_module, right)
     while scaled is not None:
         right, scale = scaled[0], scale * scaled[1]
         scaled = _times_number(graph_module, right)
-    rank = rank_of(right)
-    order = [*range(rank - 2), rank - 1, rank - 2]
-    if is_call(right, aten.permute.default):
-        axes: Any = right.args[1]
-        source: Any = right.args[0]
-        right, order = source, [axes[axis] % rank for axis in order]
-    return Operand(right, None if order == list(range(rank)) else tuple(order)), scale
+    return key_operand(right), scale
 
 
 def _times_number(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, float] | None:
@@ -263,14 +223,15 @@ class _Walk:
         if len(node.users) != 1:
             return Refusal("the scores are used elsewhere", node)
         self.product = node
-        if rank_of(node) not in (3, 4):
-            return Refusal(
-                "query, key and value do not have the axes [batch, heads, positions, features]", node
-            )
+        if rank_of(node) not in (3, 4, 5):
+            return Refusal(NO_HEADS, node)
         if (
             rank_of(node) == 3 and wide is None
         ):  # batch and heads are one axis throughout: the op sees one head
             wide = (shape_of(node)[0], 1, *shape_of(node)[1:])
+        if rank_of(node) == 5:
+            batch, heads, group, *rest = shape_of(node)
+            wide = (batch, heads * group, *rest)
         batch, heads, queries, keys = shape_of(node) if wide is None or rank_of(node) == 4 else wide
         self.shape = (batch, heads, queries, keys)
         return None
@@ -314,10 +275,10 @@ class _Walk:
             return Refusal("a mask stands before the scale or the soft cap", node)
         if shape_of(below) != shape_of(node):
             return Refusal("a mask widens the scores", node)
-        if (
-            rank_of(mask.node) == 3 and rank_of(node) == 4
-        ):  # broadcast from [heads, t, s]: spelled out for the op
+        if rank_of(mask.node) == 3 and rank_of(node) == 4:
             return Refusal("a mask has heads but no batch", node)
+        if rank_of(mask.node) > 2 and rank_of(node) == 5:
+            return Refusal("a mask has an axis of groups", node)
         self.masks.append(mask)
         return below
 
@@ -362,7 +323,7 @@ def leads_to_product(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         if not isinstance(below, fx.Node) or not is_tensor(below):
             return False
         node = below
-    return rank_of(node) in (3, 4)
+    return rank_of(node) in (3, 4, 5)
 
 
 PASSED: Final = (

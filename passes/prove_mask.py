@@ -22,7 +22,7 @@ import sympy
 from torch import fx
 
 from torchweld.graph.bands import Bands, Interval
-from torchweld.graph.match import aten, constant_tensor, dtype_of, is_call
+from torchweld.graph.match import aten, constant_tensor, dtype_of, is_call, shape_of
 from torchweld.graph.positions import Extents, Prover, Unprovable
 from torchweld.passes.match_attention import NEVER_A_SCORE, Mask, hidden_below
 
@@ -35,6 +35,8 @@ class Verdict:
     window: int
     kept: tuple[Mask, ...]
     proof: str
+    name: str = ""
+    """For people: none, causal, window 8, prefix, tensor; what stays beside a proof as in "causal and padding"."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,41 @@ class _Finding:
 
 def prove_mask(prover: Prover, masks: Sequence[Mask], *, causal: bool = False) -> Verdict:
     """The mask kind that all proved masks together amount to, and the masks that are not proved."""
+    verdict = _prove(prover, masks, causal)
+    return replace(verdict, name=name_mask(prover, verdict))
+
+
+def name_mask(prover: Prover, verdict: Verdict) -> str:
+    """What the mask is, in words; nothing is decided by it."""
+    kind = f"window {verdict.window}" if verdict.kind == "window" else verdict.kind
+    rest = list(dict.fromkeys(_name_kept(prover, mask) for mask in verdict.kept))
+    if verdict.kind == "none" and rest:
+        return " and ".join(rest)
+    return " and ".join([kind, *rest])
+
+
+def _name_kept(prover: Prover, mask: Mask) -> str:
+    """padding: hides keys, whoever asks; bias: adds numbers; prefix: causal, or a key that all see; else tensor."""
+    node: Any = mask.node
+    if is_call(node, aten.expand.default):
+        node = node.args[0]
+    if not mask.is_boolean:
+        return "bias" if mask.hidden is None else "tensor"
+    if is_call(node, aten.logical_or.default) and not mask.inverted:
+        parts = [part for part in node.args if isinstance(part, fx.Node)]
+        seen = [_examine(prover, Mask(part)).visible for part in parts]
+        if ((0.0, math.inf),) in seen and any(_by_key(part) for part in parts):
+            return "prefix"
+    return "padding" if _by_key(node) else "tensor"
+
+
+def _by_key(node: fx.Node) -> bool:
+    """Is there one entry per key, the same for every query and head?"""
+    shape = shape_of(node)
+    return len(shape) < 2 or (shape[-2] == 1 and shape[-1] != 1 and (len(shape) < 3 or shape[-3] == 1))
+
+
+def _prove(prover: Prover, masks: Sequence[Mask], causal: bool) -> Verdict:
     findings: list[_Finding] = []
     for mask in masks:
         whole = _examine(prover, mask)
@@ -63,7 +100,7 @@ def prove_mask(prover: Prover, masks: Sequence[Mask], *, causal: bool = False) -
     shown = [finding.visible for finding in known if finding.visible is not None]
     reach = classify(intersect([*shown, ((0, math.inf),)] if causal else shown), prover.extents)
     sentences = [finding.sentence for finding in findings] + [
-        "is_causal, with as many queries as keys"
+        "is_causal with as many queries as keys shows d >= 0"
     ] * causal
     if isinstance(reach, str):
         return _all_kept(masks, f"{reach}, which no mask kind expresses", causal)
@@ -72,12 +109,18 @@ def prove_mask(prover: Prover, masks: Sequence[Mask], *, causal: bool = False) -
     proof = "; ".join(sentences) or "no mask in the source"
     if reach is None:
         return Verdict("none", 0, kept, proof)
-    proof += f"; with d = query position - key position, visible is {_show(reach)}, for every size"
+    if len(sentences) == 1:  # it names the range already
+        proof += f" for every size, {DISTANCE}"
+    else:
+        proof += f"; together {_show(reach)} for every size, {DISTANCE}"
     return (
         Verdict("causal", 0, kept, proof)
         if reach == math.inf
         else Verdict("window", int(reach) + 1, kept, proof)
     )
+
+
+DISTANCE: Final = "with d = query position - key position"
 
 
 def _show(reach: float) -> str:
@@ -151,6 +194,11 @@ def split(mask: Mask) -> list[Mask]:
     node = mask.node
     if mask.is_boolean:
         return _split_conjunction(mask)
+    if is_call(node, aten.reshape.default) and isinstance(node.args[0], fx.Node):
+        source, shape = node.args[0], shape_of(node)
+        if shape == (*[1] * (len(shape) - len(shape_of(source))), *shape_of(source)):
+            parts = split(Mask(source))
+            return parts if len(parts) > 1 else [mask]
     if is_call(node, aten.add.Tensor) and len(node.args) == 2 and not node.kwargs:
         return [part for term in node.args if isinstance(term, fx.Node) for part in split(Mask(term))]
     if is_call(node, aten.where.ScalarOther, aten.where.ScalarSelf):
@@ -193,7 +241,7 @@ def _examine(prover: Prover, mask: Mask) -> _Finding:
     finite = mask.hidden is not None or any(value != -math.inf for value in hidden)
     reach = classify(visible, prover.extents)
     found = "hides nothing" if reach is None else reach if isinstance(reach, str) else f"shows {_show(reach)}"
-    return _Finding(mask, visible, finite, f"{name}: {found}")
+    return _Finding(mask, visible, finite, f"{name} {found}")
 
 
 def visible_distances(mask: Mask, bands: Bands) -> tuple[Interval, ...] | None:

@@ -21,13 +21,14 @@ import torch
 from torch import fx
 
 from torchweld.graph.edit import replace
-from torchweld.graph.match import aten, dtype_of, is_call, rank_of, shape_of
+from torchweld.graph.match import aten, dtype_of, is_call, rank_of, shape_of, tensor_of
 from torchweld.graph.ops import attention as attention_op
 from torchweld.graph.position_rules import make_prover
 from torchweld.graph.positions import Extents
 from torchweld.graph.rewrite import Exactness, Refusal, Spelling, build, walk
-from torchweld.passes.canonicalize_views import read_sizes
-from torchweld.passes.match_attention import Attention, Operand, match_naive, match_sdpa, weights_of
+from torchweld.passes.canonicalize_views import read_size, read_sizes
+from torchweld.passes.match_attention import Attention, cut_weights_of, match_naive, match_sdpa, weights_of
+from torchweld.passes.match_heads import Operand
 from torchweld.passes.prove_mask import Verdict, prove_mask
 
 NAME: Final = "recognize_attention"
@@ -35,6 +36,11 @@ EXACTNESS: Exactness = "reassoc"
 
 ATTENTION: Final = torch.ops.torchweld.attention.default
 OPERATOR_FILE: Final = attention_op.__name__  # importing it is what registers ATTENTION
+
+
+TOP_LEFT: Final = (
+    "is_causal stays a tensor: torch aligns it at the first key, and there may be more keys than queries"
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ def find(graph_module: fx.GraphModule) -> Iterator[AttentionSite]:
             yield AttentionSite(node, match_sdpa(graph_module, node))
         elif is_call(node, aten.matmul.default) and weights_of(node) is not None:
             yield AttentionSite(node, match_naive(graph_module, node))
+        elif is_call(node, aten.matmul.default) and (cut := cut_weights_of(node)) is not None:
+            yield AttentionSite(node, Refusal("a part of the weights is cut off (attention sinks?)", cut))
 
 
 def check(graph_module: fx.GraphModule, site: AttentionSite) -> Refusal | None:
@@ -62,9 +70,19 @@ def check(graph_module: fx.GraphModule, site: AttentionSite) -> Refusal | None:
         return found
     if dtype_of(found.value.node) != dtype_of(site.anchor):
         return Refusal("the result has another dtype than the values", site.anchor)
-    if read_sizes(graph_module, site.anchor, [*found.shape, *found.key.shape]) is None:
+    if not _sizes_are_known(graph_module, site.anchor, found):
         return Refusal("a symbolic size of the heads cannot be read from any node", site.anchor)
     return None
+
+
+def _sizes_are_known(graph_module: fx.GraphModule, anchor: fx.Node, found: Attention) -> bool:
+    """Can every size that the rewrite may write into a reshape be read?"""
+    shapes = [(*found.shape, *found.key.shape), shape_of(anchor)]
+    shapes += [part.view for part in (found.query, found.key, found.value) if part.view is not None]
+    known = all(read_sizes(graph_module, anchor, shape) is not None for shape in shapes)
+    return known and (
+        not found.top_left or None not in [read_size(graph_module, anchor, size) for size in found.shape[2:]]
+    )
 
 
 def rewrite(graph_module: fx.GraphModule, site: AttentionSite) -> None:
@@ -83,36 +101,42 @@ def rewrite(graph_module: fx.GraphModule, site: AttentionSite) -> None:
         ATTENTION, (query, key, value, mask, verdict.kind, verdict.window, found.scale, found.soft_cap)
     )
     node = build(graph_module.graph, call, site.anchor, NAME)
-    node.meta["mask_proof"] = verdict.proof
-    if rank_of(site.anchor) == 3:
+    node.meta["mask_name"] = "tensor" if found.top_left else verdict.name
+    node.meta["mask_proof"] = TOP_LEFT if found.top_left else verdict.proof
+    if rank_of(site.anchor) != 4:
         sizes = read_sizes(graph_module, site.anchor, list(shape_of(site.anchor)))
         node = build(graph_module.graph, Spelling(aten.reshape.default, (node, sizes)), site.anchor, NAME)
     replace(site.anchor, node)
 
 
-def _as_heads(
-    graph_module: fx.GraphModule, anchor: fx.Node, operand: Operand, found: Attention
-) -> fx.Node | Spelling:
+def _as_heads(graph_module: fx.GraphModule, anchor: fx.Node, operand: Operand, found: Attention) -> Any:
     """`operand` with batch and heads as two axes: what it was reshaped from, or a reshape."""
     node = operand.node
-    moved: Any = (
-        node if operand.order is None else Spelling(aten.permute.default, (node, list(operand.order)))
-    )
-    if len(operand.shape) == 4:
-        return moved if isinstance(moved, Spelling) else node
-    shape = (*found.shape[:2], *operand.shape[1:])
-    if operand.order is None and is_call(node, aten.reshape.default):
-        source = node.args[0]
-        if isinstance(source, fx.Node) and shape_of(source) == shape:
-            return source
-    return Spelling(aten.reshape.default, (moved, read_sizes(graph_module, anchor, shape)))
+    if len(operand.shape) == 3:
+        shape = (*found.shape[:2], *operand.shape[1:])
+        if operand.order is None and is_call(node, aten.reshape.default):
+            source = node.args[0]
+            if isinstance(source, fx.Node) and shape_of(source) == shape:
+                return source
+        return Spelling(
+            aten.reshape.default, (_moved(operand, node), read_sizes(graph_module, anchor, shape))
+        )
+    if operand.view is None:
+        return _moved(operand, node)
+    viewed = Spelling(aten.reshape.default, (node, read_sizes(graph_module, anchor, operand.view)))
+    return _moved(operand, viewed)
+
+
+def _moved(operand: Operand, value: Any) -> Any:
+    """`value` with the axes in the operand's order."""
+    return value if operand.order is None else Spelling(aten.permute.default, (value, list(operand.order)))
 
 
 def _mask_tensor(
     graph_module: fx.GraphModule, anchor: fx.Node, found: Attention, verdict: Verdict
 ) -> fx.Node | Spelling | None:
     """All masks that stay tensors as one: booleans joined by and, numbers by +, both by where."""
-    visible: Any = None
+    visible: Any = _triangle(graph_module, anchor, found) if found.top_left else None
     bias: Any = None
     for mask in verdict.kept:
         tensor: Any = mask.node
@@ -136,8 +160,18 @@ def _mask_tensor(
     return Spelling(aten.where.ScalarOther, (visible, bias, float("-inf")))
 
 
+def _triangle(graph_module: fx.GraphModule, anchor: fx.Node, found: Attention) -> Spelling:
+    """Key s is visible to query t if s <= t, as a boolean tensor [t, s]."""
+    device = {"device": tensor_of(anchor).device}
+    queries, keys = (
+        Spelling(aten.arange.default, (read_size(graph_module, anchor, size),), device)
+        for size in found.shape[2:]
+    )
+    return Spelling(aten.le.Tensor, (keys, Spelling(aten.reshape.default, (queries, [-1, 1]))))
+
+
 def _split_mask(graph_module: fx.GraphModule, anchor: fx.Node, mask: fx.Node, found: Attention) -> Spelling:
-    """[batch * heads, t, s] as [batch, heads, t, s]; a leading 1 stays broadcast."""
+    """[batch * heads, t, s] or [heads, t, s] as [batch, heads, t, s]; a leading 1 stays broadcast."""
     merged, queries, keys = shape_of(mask)
-    leading = [1, 1] if merged == 1 else list(found.shape[:2])
+    leading = [1, merged] if merged in (1, found.shape[1]) else list(found.shape[:2])
     return Spelling(aten.reshape.default, (mask, read_sizes(graph_module, anchor, [*leading, queries, keys])))

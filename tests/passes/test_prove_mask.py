@@ -277,3 +277,85 @@ def test_top_left_alignment_is_not_causal() -> None:
         run_pass(case.graph_module, pass_)
     assert kind(case.only(ATTENTION)) == ("none", 0, True)
     case.assert_same_numbers(draw(2, 2, 8), draw(2, 5, 8), exact=False)
+
+
+def length_as_tensor(x: Tensor) -> Tensor:
+    """The length, where torch cannot turn it into a branch of the program."""
+    return torch.ones(x.shape[1], dtype=torch.int64).sum()
+
+
+LOOKS_CAUSAL: dict[str, Callable[[int], Callable[..., Any]]] = {
+    "sees key n": lambda n: lambda m, x: (columns(x) <= rows(x)) | (columns(x) == n),
+    "query n sees its successor": lambda n: (
+        lambda m, x: (columns(x) <= rows(x)) | ((rows(x) == n) & (columns(x) == n + 1))
+    ),
+    "hides key 0 from n": lambda n: lambda m, x: (columns(x) <= rows(x)) & ((columns(x) > 0) | (rows(x) < n)),
+    "a block behind n": lambda n: lambda m, x: (columns(x) <= rows(x)) | ((rows(x) >= n) & (columns(x) >= n)),
+    "chunks of n": lambda n: lambda m, x: (columns(x) <= rows(x)) & (rows(x) // n == columns(x) // n),
+    "everything from n": lambda n: lambda m, x: (columns(x) <= rows(x)) | (rows(x) >= n),
+    "clamped at n": lambda n: lambda m, x: columns(x) <= rows(x).clamp(max=n - 1),
+    "even lengths": lambda n: lambda m, x: (columns(x) <= rows(x)) | (length_as_tensor(x) % 2 == 1),
+    "lengths up to n": lambda n: lambda m, x: (columns(x) <= rows(x)) | (length_as_tensor(x) > n),
+    "a window of the length": lambda n: (
+        lambda m, x: (columns(x) <= rows(x)) & (rows(x) - columns(x) < 2 * n - length_as_tensor(x))
+    ),
+    "a window of n": lambda n: lambda m, x: (columns(x) <= rows(x)) & (rows(x) - columns(x) <= n),
+    "the tokens": lambda n: lambda m, x: (columns(x) <= rows(x)) | (x.sum(-1) > 100)[:, None, None, :],
+    "the number of tokens": lambda n: lambda m, x: (columns(x) <= rows(x)) & (x.isfinite().sum() < 10 * n**2),
+    "a table with a wrong entry": lambda n: lambda m, x: m.table[n][: x.shape[1], : x.shape[1]],
+    "steep": lambda n: lambda m, x: columns(x) * n <= rows(x) * n + rows(x),
+    "steps": lambda n: lambda m, x: (columns(x) + n) // (n + 1) * 0 + columns(x) <= rows(x) + (rows(x) >= n),
+}
+
+
+@settings(max_examples=16)
+@given(
+    name=st.sampled_from(sorted(LOOKS_CAUSAL)),
+    n=st.integers(6, 9),
+    added=st.sampled_from([None, -math.inf, -1e30]),
+)
+def test_what_looks_causal_in_the_example_is_not_called_causal(
+    name: str, n: int, added: float | None
+) -> None:
+    """Every mask here is the causal triangle at the length of the example, and another one at some length."""
+    mask = LOOKS_CAUSAL[name](n)
+
+    def function(m: Any, x: Tensor) -> Tensor:
+        visible = mask(m, x)
+        return visible if added is None else torch.where(visible, 0.0, added).to(x.dtype)
+
+    table = torch.ones(16, 32, 32, dtype=torch.bool).tril()
+    for place in range(15):
+        table[place, place, place + 1] = True
+    case, node = attention_of(function, table=table)
+    proved, window, has_tensor = kind(node)
+    assert has_tensor or (name == "a window of n" and (proved, window) == ("window", n + 1))
+    for length in (n + 1, 2 * n):
+        case.assert_same_numbers(draw(2, length, 8, seed=length), exact=False)
+
+
+NAMES: list[tuple[Callable[..., Any], str]] = [
+    (lambda m, x: columns(x) >= 0, "none"),
+    (lambda m, x: columns(x) <= rows(x), "causal"),
+    (lambda m, x: (columns(x) <= rows(x)) & (columns(x) > rows(x) - 3), "window 3"),
+    (lambda m, x: (columns(x) <= rows(x)) | (columns(x) < m.prefix), "prefix"),
+    (lambda m, x: (columns(x) <= rows(x)) & (x.sum(-1) > 0)[:, None, None, :], "causal and padding"),
+    (lambda m, x: (x.sum(-1) > 0)[:, None, None, :], "padding"),
+    (
+        lambda m, x: (
+            torch.where(columns(x) <= rows(x), 0.0, -math.inf).to(x.dtype)
+            + m.slopes[:, None, None] * columns(x)[None]
+        )[None],
+        "causal and bias",
+    ),
+    (lambda m, x: (columns(x) <= rows(x)) | (columns(x) == rows(x) + 2), "tensor"),
+]
+
+
+@pytest.mark.parametrize(("mask", "name"), NAMES)
+def test_the_name_of_a_mask(mask: Callable[..., Any], name: str) -> None:
+    """What the ledger says; the number of prefix tokens is only known at run time."""
+    weights = {"slopes": draw(2, seed=3).abs(), "prefix": torch.tensor([[3]])}
+    case, node = attention_of(mask, **weights)
+    assert node.meta["mask_name"] == name
+    case.assert_same_numbers(draw(2, 9, 8), exact=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.passes.support import Case, aten, draw, reasons
 from torchweld.graph.rewrite import run_pass
-from torchweld.passes import CANONICALIZE, RECOGNIZE, recognize_attention
+from torchweld.passes import CANONICALIZE, RECOGNIZE, canonicalize_scores, recognize_attention
 from torchweld.passes.match_attention import Attention
 
 ATTENTION = torch.ops.torchweld.attention.default
@@ -177,7 +177,7 @@ CLAUSES: list[tuple[Callable[..., Any], str]] = [
         "aten.relu.default stands between the scores and the softmax",
     ),
     (
-        lambda m, q, k, v: ((q @ k.mT + m.bias) * 0.5).softmax(-1) @ v,
+        lambda m, q, k, v: ((q @ k.mT + m.bias) * -0.5).softmax(-1) @ v,
         "a mask stands before the scale or the soft cap",
     ),
     (
@@ -190,7 +190,6 @@ CLAUSES: list[tuple[Callable[..., Any], str]] = [
     ),
     (lambda m, q, k, v: (30 * torch.tanh(q @ k.mT) / 2.5).softmax(-1) @ v, "a soft cap is scaled once more"),
     (lambda m, q, k, v: (q[:, :1] @ k[:, :1].mT + m.heads).softmax(-1) @ v, "a mask widens the scores"),
-    (lambda m, q, k, v: (q @ k.mT + m.heads[0]).softmax(-1) @ v, "a mask has heads but no batch"),
     (
         lambda m, q, k, v: (q @ k.mT).masked_fill(m.bias > 0, -5.0).softmax(-1) @ v,
         "aten.where.ScalarSelf stands between the scores and the softmax, and is no mask",
@@ -206,12 +205,12 @@ CLAUSES: list[tuple[Callable[..., Any], str]] = [
         "the scores are reshaped beyond batch and heads",
     ),
     (
-        lambda m, q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]),
+        lambda m, q, k, v: F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None]),
         "query, key and value do not have the axes [batch, heads, positions, features]",
     ),
     (
-        lambda m, q, k, v: F.scaled_dot_product_attention(q[:, :, :3], k, v, is_causal=True),
-        "is_causal with different numbers of queries and keys",
+        lambda m, q, k, v: F.scaled_dot_product_attention(q[:1, 0], k[:, 0], v[:, 0]),
+        "batch sizes of query, key and value differ",
     ),
     (
         lambda m, q, k, v: F.scaled_dot_product_attention(q[:1], k, v),
@@ -228,6 +227,13 @@ def test_refuses(function: Callable[..., Any], reason: str) -> None:
     assert reason in reasons(outcome)[0]
     assert outcome.refused[0].node is not None
     case.assert_same_numbers(exact=False)
+
+
+def test_refuses_a_mask_without_batch_where_scores_are_not_canonical() -> None:
+    function = lambda m, q, k, v: (q @ k.mT + m.heads).softmax(-1) @ v  # noqa: E731
+    case = Case(function, *qkv(), dynamic=False, heads=draw(4, 5, 5, seed=4))
+    passes = [pass_ for pass_ in PASSES if pass_ is not canonicalize_scores]
+    assert reasons(case.run(*passes)[-1]) == ["a mask has heads but no batch"]
 
 
 def test_refuses_training_dropout() -> None:

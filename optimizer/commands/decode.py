@@ -1,0 +1,87 @@
+"""`torchweld explain MODEL --decode`: the derived state of every layer and the kernels of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from rich.console import Console
+
+from torchweld.graph.program import Program
+from torchweld.graph.rewrite import PassOutcome, Refusal, run_pass
+from torchweld.graph.sequence import describe_refusal
+from torchweld.optimizer.commands.subject import Subject, Wish, capture_subject
+from torchweld.optimizer.compile import Compiled, Options, compile_program
+from torchweld.optimizer.report_decode import DecodeReport, StateRecord
+from torchweld.passes import CANONICALIZE, RECOGNIZE, recognize_attention
+from torchweld.passes.fill_padding_mask import fill_padding_mask
+from torchweld.passes.rewrite_kv_cache import StepProgram, derive_step
+
+TYPICAL_PAST: Final = 256
+"""Positions in the cache for which fusions are priced."""
+
+
+def explain_decoding(
+    program: Program, options: Options | None = None, *, name: str | None = None
+) -> DecodeReport:
+    """Derive and compile the step of a captured causal program (it stays as it is), and say what it is.
+
+    For a Hugging Face model: `explain_decoding(capture_causal(model))`. Where no step can be derived the report holds
+    the refusal: nothing is raised.
+    """
+    copy = fill_padding_mask(program).copied()
+    outcomes = [run_pass(copy.graph_module, pass_) for pass_ in (*CANONICALIZE, *RECOGNIZE)]
+    step = derive_step(copy)
+    title = name or program.name
+    if isinstance(step, Refusal):
+        return DecodeReport(title, refusal=first_cause(outcomes, step))
+    report = compile_step(step, options or Options()).report
+    return DecodeReport(
+        model=title,
+        layers=tuple(StateRecord.of(number, state) for number, state in enumerate(step.states)),
+        kernels_per_layer=report.kernels_per_layer,
+        launches=len(report.launches),
+        fallbacks=report.fallbacks,
+        limit=step.limit,
+    )
+
+
+def first_cause(outcomes: Sequence[PassOutcome], refusal: Refusal) -> str:
+    """Why there is no step, for people: an attention that was not recognised is the cause of what mixes positions."""
+    missed = [
+        cause for outcome in outcomes if outcome.name == recognize_attention.NAME for cause in outcome.refused
+    ]
+    if not missed:
+        return describe_refusal(refusal)
+    return f"an attention is not recognised: {describe_refusal(missed[0])}"
+
+
+def compile_step(step: StepProgram, options: Options) -> Compiled:
+    """A step compiled for the call that comes most often: one token behind a past of some length."""
+    examples = []
+    for node in step.program.placeholders:
+        value = node.meta["val"]
+        if value.dim() == 4:  # only the shapes are read: one element stands for the whole cache
+            shape = (1, value.shape[1], TYPICAL_PAST + 1, value.shape[3])
+            examples.append(torch.empty((), dtype=value.dtype).expand(shape))
+        else:
+            examples.append(torch.zeros((1,) * value.dim(), dtype=value.dtype))
+    return compile_program(step.program, options=options, example_inputs=tuple(examples))
+
+
+def explain_subject_decoding(subject: Subject, wish: Wish) -> DecodeReport:
+    """The same of what a command loaded, with progress on stderr."""
+    program = capture_subject(subject)
+    with subject.phase("derive and compile a step of"):
+        return explain_decoding(program, wish.options(), name=subject.loaded.name)
+
+
+def print_decoding(report: DecodeReport, console: Console, *, as_json: bool, as_markdown: bool) -> None:
+    """Print to stdout: JSON, Markdown, or tables."""
+    if as_json:
+        print(report.to_json())
+    elif as_markdown:
+        print(report.to_markdown(), end="")
+    else:
+        report.render(console)
