@@ -19,13 +19,26 @@ import torch
 
 from torchweld.codegen.cpp_names import HALVES, PrintError, converted, unwrapped, value_type
 from torchweld.codegen.cpp_operand import StoredRow, padded, runs_along, stored_row
+from torchweld.codegen.cpp_packed import (
+    FEW_ROWS,
+    Copies,
+    Precision,
+    allocate_copies,
+    copy_lines,
+    make_copies,
+    narrow_rows,
+    product_lines,
+)
 from torchweld.codegen.cpp_terms import Emitter
 from torchweld.codegen.cpp_text import INDENT, KernelNames, indented
 from torchweld.codegen.ir import Bind, Kernel, MatmulPart
+from torchweld.codegen.packing import GROUP
 from torchweld.graph.terms import Axis, Contract, Expr, Ref, Term, walk
 
 _PANEL_BYTES = 384 << 10  # A rows of a block: beside a tile of B they stay in an L2 cache of 1 MiB
 _MOST_ROWS = 64
+_ROWS_FOR_HALF_BLOCKS = 8
+_MANY_COLUMNS = 4096  # from here on the threads have enough units of 64 columns
 
 
 @dataclass(frozen=True)
@@ -48,16 +61,20 @@ class _Panel:
     name: str
     stride: str
     width: Expr
+    sums: str | None  # sums of every 32 numbers of a row, for packed weights with an offset
+    copies: Copies | None  # of the rows in other precisions, for packed weights
 
 
-def print_matmul_part(kernel: Kernel, names: KernelNames, part: MatmulPart) -> tuple[list[str], Expr]:
+def print_matmul_part(
+    kernel: Kernel, names: KernelNames, part: MatmulPart, precision: Precision = "f32"
+) -> tuple[list[str], Expr]:
     """The statements of the part and the bytes of scratch memory per thread that they need."""
-    return _MatmulPrinter(kernel, names, part).print()
+    return _MatmulPrinter(kernel, names, part, precision).print()
 
 
 class _MatmulPrinter:
-    def __init__(self, kernel: Kernel, names: KernelNames, part: MatmulPart) -> None:
-        self.kernel, self.names, self.part = kernel, names, part
+    def __init__(self, kernel: Kernel, names: KernelNames, part: MatmulPart, precision: Precision) -> None:
+        self.kernel, self.names, self.part, self.precision = kernel, names, part, precision
         self.real = self._real()
         self.kind = value_type(self.real)
         self.emitter = Emitter(kernel, names)
@@ -66,6 +83,9 @@ class _MatmulPrinter:
         self.products = self._products()
         self.block_rows = self._block_rows()
         self.block_columns = self._block_columns()
+        self.is_narrow = any(product.panel.copies is not None for product in self.products)
+        widest = max((int(p.panel.width) for p in self.products if self.is_narrow), default=1)
+        self.most_rows = max(self.block_rows, narrow_rows(widest)) if self.is_narrow else self.block_rows
         self.row_names = {bind.name: names.namer.fresh(f"{bind.name}_of_row") for bind in part.row_binds}
         self.scratch: Expr = sympy.Integer(0)
         self.lines: list[str] = []
@@ -75,6 +95,11 @@ class _MatmulPrinter:
         return torch.float64 if wide else torch.float32
 
     def _products(self) -> list[_Product]:
+        rows = {
+            bind.name: stored_row(self.kernel, bind.term.b, bind.term.k, self.real)
+            for bind in self.part.contracts
+            if isinstance(bind.term, Contract)
+        }
         panels: dict[tuple[int, str], _Panel] = {}
         products = []
         for bind in self.part.contracts:
@@ -86,17 +111,21 @@ class _MatmulPrinter:
                 )
             key = (id(contract.a), contract.k.name)
             if key not in panels:
-                panels[key] = self._panel(contract)
-            row = stored_row(self.kernel, contract.b, contract.k, self.real)
+                panels[key] = self._panel(contract, [row for row in rows.values() if row is not None])
+            row = rows[bind.name]
             name = self.names.namer.fresh(f"{bind.name}_sums")
             products.append(_Product(bind, contract, panels[key], row, name))
         return products
 
-    def _panel(self, contract: Contract) -> _Panel:
+    def _panel(self, contract: Contract, rows: Sequence[StoredRow]) -> _Panel:
         self.emitter.axis(contract.k)
-        width = padded(contract.k.extent, self.real)
+        packed = any(row.packed for row in rows)
+        width = padded(contract.k.extent, self.real, 128 if packed else 64)  # packed weights: in steps of 32
         fresh = self.names.namer.fresh
-        return _Panel(contract.a, contract.k, fresh("a_rows"), fresh("a_stride"), width)
+        sums = fresh("a_sums") if any(row.packed and row.has_offset for row in rows) else None
+        packed = len(rows) == len(self.part.contracts) and all(row.packed for row in rows)
+        copies = make_copies(fresh, self.precision) if packed and self.precision != "f32" else None
+        return _Panel(contract.a, contract.k, fresh("a_rows"), fresh("a_stride"), width, sums, copies)
 
     def _block_rows(self) -> int:
         if not all(product.panel.width.is_Integer for product in self.products):
@@ -109,6 +138,8 @@ class _MatmulPrinter:
         wished = max(4, self.part.schedule.block_n // 4 * 4)
         computed = [p for p in self.products if p.stored is None]
         small = all(p.panel.width.is_Integer and p.panel.width <= 512 for p in computed)
+        if any(p.stored is not None and p.stored.packed for p in self.products):
+            wished = -(-wished // GROUP) * GROUP
         return wished if small else min(wished, 16)
 
     # -- pieces -----------------------------------------------------------------------------------------------------
@@ -133,10 +164,21 @@ class _MatmulPrinter:
             f"const int64_t batch = {emitter.extents(part.batch)};",
             f"const int64_t rows = {emitter.extents(part.rows)};",
             f"const int64_t columns = {unwrapped(emitter.index(part.n.extent))};",
-            f"const int64_t row_blocks = tw_blocks(rows, {self.block_rows});",
+            *([f"const bool narrow = tw_has_bf16 && rows > {FEW_ROWS};"] if self.is_narrow else []),
+            f"const int64_t row_blocks = tw_blocks(rows, {self._rows_per_unit()});",
             "const int64_t block_rows = row_blocks ? tw_blocks(tw_blocks(rows, row_blocks), 4) * 4 : 4;",
-            f"const int64_t column_blocks = tw_blocks(columns, {self.block_columns});",
+            f"const int64_t block_columns = {self._columns_per_unit()};",
+            "const int64_t column_blocks = tw_blocks(columns, block_columns);",
         ]
+
+    def _rows_per_unit(self) -> str:
+        return f"narrow ? {self.most_rows} : {self.block_rows}" if self.is_narrow else str(self.block_rows)
+
+    def _columns_per_unit(self) -> str:
+        """Columns of a block: half as many where a few rows meet a small matrix, which the threads share evenly."""
+        if self.block_columns < 64 or any(p.stored is None or not p.stored.packed for p in self.products):
+            return str(self.block_columns)
+        return f"rows <= {_ROWS_FOR_HALF_BLOCKS} && columns < {_MANY_COLUMNS} ? 32 : {self.block_columns}"
 
     def _allocate(self, name: str, kind: str, itemsize: int, count: Expr) -> None:
         bytes_ = padded(sympy.sympify(count) * itemsize, torch.uint8)
@@ -155,22 +197,35 @@ class _MatmulPrinter:
                     f"const int64_t {panel.stride} = {unwrapped(self.emitter.index(panel.width))};"
                 )
                 self._allocate(panel.name, self.kind, self.real.itemsize, panel.width * self.block_rows)
+                if panel.sums is not None:
+                    self._allocate(panel.sums, "float", 4, panel.width / 32 * self.block_rows)
+                if panel.copies is not None:
+                    allocate_copies(
+                        self._allocate, panel.copies, panel.width, self.most_rows, self.block_rows
+                    )
             self._allocate(
                 product.name,
                 self.kind,
                 self.real.itemsize,
-                sympy.Integer(self.block_rows * self.block_columns),
+                sympy.Integer(self.most_rows * self.block_columns),
             )
+        if self.is_narrow:
+            widest = max(int(product.panel.width) for product in self.products)
+            room = sympy.Integer(widest // 32 * self.block_columns // GROUP * 1024)
+            self._allocate("unpacked", "uint8_t", 1, room)
         # One width as a rule; of several (they may hold sizes) the sum is enough for each.
         decoded_rows: dict[Expr, int] = {}
         for product in self.products:
+            if product.stored is not None and product.stored.packed:
+                continue
             rows = _tile_columns(self.part) if product.stored else self.block_columns
             decoded_rows[product.panel.width] = max(rows, decoded_rows.get(product.panel.width, 0))
         room = sum((width * rows for width, rows in decoded_rows.items()), start=sympy.Integer(0))
-        self._allocate("decoded", self.kind, self.real.itemsize, room)
+        if decoded_rows:
+            self._allocate("decoded", self.kind, self.real.itemsize, room)
         for bind in self.part.row_binds:
             kind = value_type(bind.term.dtype)
-            self._allocate(self.row_names[bind.name], kind, 8, sympy.Integer(self.block_rows))
+            self._allocate(self.row_names[bind.name], kind, 8, sympy.Integer(self.most_rows))
 
     def _unit(self) -> list[str]:
         emitter, part = self.emitter, self.part
@@ -178,8 +233,8 @@ class _MatmulPrinter:
             "const int64_t block = unit / column_blocks;",
             "const int64_t first_row = block % row_blocks * block_rows;",
             "const int64_t block_end = tw_least(first_row + block_rows, rows);",
-            f"const int64_t first_column = unit % column_blocks * {self.block_columns};",
-            f"const int64_t width = tw_least<int64_t>({self.block_columns}, columns - first_column);",
+            "const int64_t first_column = unit % column_blocks * block_columns;",
+            "const int64_t width = tw_least<int64_t>(block_columns, columns - first_column);",
             *emitter.unflatten("block / row_blocks", part.batch),
             "if (block != ready) {",
             "    ready = block;",
@@ -205,12 +260,15 @@ class _MatmulPrinter:
                 self._fill_panel(emitter, product.panel)
         body = emitter.pop()
         head = ["const int64_t m = first_row + r;", *emitter.unflatten("m", part.rows)]
+        if self.is_narrow:
+            head.append("const int64_t panel_row = narrow ? 0 : r;  // its copy in bfloat16 is what counts")
         loop = ["for (int64_t r = 0; first_row + r < block_end; ++r) {", *indented(head + body), "}"]
         return emitter.pop() + loop
 
     def _fill_panel(self, emitter: Emitter, panel: _Panel) -> None:
         k = emitter.axis(panel.k)
-        row = f"{panel.name}[r * {panel.stride} + {k}]"
+        at = "panel_row" if self.is_narrow else "r"
+        row = f"{panel.name}[{at} * {panel.stride} + {k}]"
         emitter.push((panel.k.name,))
         emitter.line(
             f"{row} = {unwrapped(converted(emitter.value(panel.term), panel.term.dtype, self.real))};"
@@ -221,6 +279,12 @@ class _MatmulPrinter:
         if panel.width != panel.k.extent:
             extent = unwrapped(emitter.index(panel.k.extent))
             emitter.line(f"for (int64_t {k} = {extent}; {k} < {panel.stride}; ++{k}) {row} = 0;")
+        if panel.sums is not None:
+            place = f"{panel.sums} + {at} * ({panel.stride} / 32)"
+            emitter.line(f"tw_sum_runs({panel.name} + {at} * {panel.stride}, {panel.stride}, {place});")
+        if panel.copies is not None:
+            for line in copy_lines(panel.copies, f"{panel.name} + {at} * {panel.stride}", panel.stride):
+                emitter.line(line)
 
     def _scope(self, batch: Sequence[Axis]) -> Emitter:
         """A new emitter in the block where the batch axes are known."""
@@ -232,6 +296,8 @@ class _MatmulPrinter:
 
     def _product(self, product: _Product) -> list[str]:
         panel = product.panel
+        if product.stored is not None and product.stored.packed:
+            return self._packed_product(product, product.stored)
         emitter = self._scope(self.part.batch)
         n, address = emitter.axis(self.part.n), self.names.namer.fresh(f"{product.bind.name}_b")
         lines = [f"const void* {address}[{self.block_columns}];"]
@@ -255,6 +321,13 @@ class _MatmulPrinter:
             f"    {product.name}, {self.block_columns}, decoded);",
         ]
         return lines
+
+    def _packed_product(self, product: _Product, stored: StoredRow) -> list[str]:
+        panel = product.panel
+        base = stored.first_group(self._scope(()), self.part.n, "first_column")
+        sums = panel.sums if stored.has_offset else panel.name  # not read where there is no offset
+        a = (panel.name, panel.stride, str(sums))
+        return product_lines(stored, base, a, panel.copies, product.name, self.block_columns, "unpacked")
 
     def _fill_columns(self, emitter: Emitter, product: _Product) -> None:
         """Write the columns of the block out as rows of numbers along k."""

@@ -11,6 +11,7 @@ import torch
 from torchweld.codegen.cpp_names import PrintError
 from torchweld.codegen.cpp_terms import Emitter
 from torchweld.codegen.ir import Kernel
+from torchweld.codegen.packing import GROUP, LAYOUT, columns_of
 from torchweld.graph.index import FloorDiv, linearize
 from torchweld.graph.terms import Axis, Decode, Expr, Load, Op, Term, walk
 
@@ -26,6 +27,31 @@ class StoredRow:
 
     format: str
     term: Load | Decode
+
+    @property
+    def packed(self) -> bool:
+        """Whether 16 rows lie side by side (runtime/packed.h): the row is not in one piece."""
+        return self.format.startswith(LAYOUT)
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether a packed format needs the sums of the other operand."""
+        return self.format.removeprefix(LAYOUT) in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the weight is stored as small whole numbers with scales."""
+        return self.format.removeprefix(LAYOUT) not in ("F32", "F16", "BF16")
+
+    def first_group(self, emitter: Emitter, n: Axis, first: str) -> str:
+        """Of a packed weight: the C++ expression of its first group, where `n` starts at `first`, a multiple of 16."""
+        assert isinstance(self.term, Decode)
+        start = int(self.term.row[0] - n.symbol)
+        at = f"({first} + {start})" if start else first
+        buffer = emitter.kernel.buffer(self.term.buffer)
+        steps = -(-columns_of(self.format, int(buffer.shape[-1])) // 32)
+        name = emitter.names.buffers[self.term.buffer]
+        return f"{name} + {at} / {GROUP} * tw_group_bytes<tw_{self.format}>({steps})"
 
     def address(self, emitter: Emitter, k: Axis) -> str:
         """The C++ expression of the row's address (the axes of the row must be in scope)."""
@@ -48,7 +74,7 @@ def stored_row(kernel: Kernel, term: Term, k: Axis, real: torch.dtype) -> Stored
     if isinstance(term, Op) and term.name == "cast" and term.dtype == real:
         term = term.args[0]
     if isinstance(term, Decode):
-        if term.format not in STORED_FORMATS:
+        if term.format.removeprefix(LAYOUT) not in STORED_FORMATS:
             known = ", ".join(sorted(STORED_FORMATS))
             raise PrintError(f"stored format {term.format!r}; known: {known}")
         whole = term.column == k.symbol and not any(k.symbol in e.free_symbols for e in term.row)
@@ -78,9 +104,9 @@ def runs_along(kernel: Kernel, term: Term, axis: Axis) -> bool:
     return score > 0
 
 
-def padded(extent: Expr, real: torch.dtype) -> Expr:
-    """`extent` rounded up to whole vectors of 64 bytes."""
-    lanes = 64 // real.itemsize
+def padded(extent: Expr, real: torch.dtype, line: int = 64) -> Expr:
+    """`extent` rounded up to whole lines of `line` bytes."""
+    lanes = line // real.itemsize
     if extent.is_Integer:
         return sympy.Integer(-(-int(extent) // lanes) * lanes)
     return FloorDiv(extent + lanes - 1, sympy.Integer(lanes)) * lanes

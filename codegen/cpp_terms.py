@@ -26,6 +26,7 @@ from torchweld.codegen.cpp_names import (
 from torchweld.codegen.cpp_ops import op_text
 from torchweld.codegen.cpp_text import KernelNames, indented, index_text, offset_text
 from torchweld.codegen.ir import Indirect, Kernel, Store, part_terms
+from torchweld.codegen.packing import LAYOUT, columns_of
 from torchweld.graph.terms import (
     Axis,
     Const,
@@ -279,6 +280,11 @@ class Emitter:
         return f"{self.names.buffers[term.buffer]} + {row}"
 
     def _decode(self, term: Decode) -> str:
+        if term.format.startswith(LAYOUT):
+            buffer = self.kernel.buffer(term.buffer)
+            place = f"{self.names.buffers[term.buffer]}, {unwrapped(self.index(term.row[0]))}"
+            columns = columns_of(term.format, int(buffer.shape[-1]))
+            return f"tw_packed_at<tw_{term.format}>({place}, {columns}, {unwrapped(self.index(term.column))})"
         return f"tw_{term.format}::at({self.row_pointer(term)}, {unwrapped(self.index(term.column))})"
 
     def _guard(self, term: Guard) -> str:

@@ -23,8 +23,10 @@ from torch import Tensor
 from torchweld.codegen.cache import Cache
 from torchweld.codegen.cpp import FLAGS, PrintedUnit, print_unit
 from torchweld.codegen.cpp_names import PrintError
+from torchweld.codegen.cpp_packed import Precision
+from torchweld.codegen.packed_plan import PackedConstants
 from torchweld.codegen.plan import EagerStep, Launch, Plan, PlanError, SizeTable, ValueSpec, work
-from torchweld.codegen.plan_inputs import bind_sizes, check_tensors
+from torchweld.codegen.plan_inputs import bind_sizes, check_tensors, check_updated
 from torchweld.codegen.plan_memory import ALIGNMENT, Lifetime, MemoryPlan, plan_memory
 from torchweld.codegen.runtime.team import MOST_ARGUMENTS, LaunchRecord, Team, shared_team
 from torchweld.codegen.toolchain import ToolchainError, compile_shared, load
@@ -62,6 +64,7 @@ class _Binding:
     segments: tuple[ctypes.Array[LaunchRecord] | EagerStep, ...]
     launches: tuple[tuple[Launch, ...], ...]
     scratch_stride: int
+    shared_bytes: tuple[int, ...]
     kept: tuple[object, ...]
 
 
@@ -69,20 +72,32 @@ class Executable:
     """A plan, compiled. Call it with the plan's inputs to get its outputs.
 
     threads: None means `torch.get_num_threads()`. cache: where compiled units are kept; None means the user's cache.
+    precision: of products with packed weights (codegen/cpp_packed.py has the table).
     Raises BuildError if it cannot be compiled, PlanError if the plan contradicts itself. Several threads may call one
     executable; they take turns. The bits of the result do not depend on `threads`.
     """
 
-    def __init__(self, plan: Plan, *, threads: int | None = None, cache: Cache | None = None) -> None:
+    def __init__(
+        self, plan: Plan, *, threads: int | None = None, cache: Cache | None = None, precision: Precision = "f32"
+    ) -> None:
         plan.check()
         self.plan = plan
+        self.precision: Precision = precision
         self._lock = threading.Lock()
         self._launches = plan.launches()
         self._threads = torch.get_num_threads() if threads is None else threads
         self._cache = cache or Cache()
-        self._constants = {name: tensor.detach().contiguous() for name, tensor in plan.constants.items()}
+        try:
+            self._packed = PackedConstants(plan, self._threads, self._cache, precision)
+        except ToolchainError as error:
+            raise BuildError(f"the weights cannot be packed: {error}") from error
+        kept = {name: tensor for name, tensor in plan.constants.items() if name not in self._packed.data}
+        self._constants = {name: tensor.detach().contiguous() for name, tensor in kept.items()} | self._packed.data
         self._slots = _number_slots(plan)
-        self._pointers = (ctypes.c_void_p * max(1, len(self._slots)))()
+        self._unit, self._team, self._functions = self._build()
+        shared = max((len(function.shared) for function in self._unit.functions), default=0)
+        self._shared = [torch.zeros(0, dtype=torch.uint8) for _ in range(shared)]
+        self._pointers = (ctypes.c_void_p * max(1, len(self._slots) + shared))()
         for name, tensor in self._constants.items():
             self._pointers[self._slots[name]] = tensor.data_ptr()
         self._fresh = _fresh_values(plan)
@@ -91,7 +106,6 @@ class Executable:
         self._arena = self._scratch = torch.empty(0, dtype=torch.uint8)
         self._placed: _Binding | None = None
         self._calls = 0
-        self._unit, self._team, self._functions = self._build()
         _executables.add(self)
 
     # -- building ---------------------------------------------------------------------------------------------------
@@ -104,7 +118,7 @@ class Executable:
                 count = len(launch.arguments)
                 raise BuildError(f"kernel {launch.kernel.name}: {count} buffers; at most {MOST_ARGUMENTS}")
         try:
-            unit = print_unit([launch.kernel for launch in self._launches])
+            unit = print_unit(self._packed.kernels(self._launches), self.precision)
             path = compile_shared(unit.source, cache=self._cache, flags=FLAGS, name="unit")
             library = load(path, unit.symbols)
             team = shared_team(self._threads, self._cache)
@@ -135,24 +149,40 @@ class Executable:
     # -- calling ----------------------------------------------------------------------------------------------------
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The plan's outputs, new tensors (an output that is an input is that input).
+        """The plan's outputs, new tensors (an output that is an input, or an input updated in place, is that input).
 
         Raises TypeError for a wrong number, dtype or device of inputs, ShapeError (a ValueError) for a wrong shape,
-        IndexError naming the kernel where an index is outside its table.
+        ValueError for an updated input that is not contiguous or given twice, IndexError naming the kernel where an
+        index is outside its table.
         """
         check_tensors(self.plan, inputs)
+        check_updated(self.plan, inputs)
         tensors = [tensor.detach().contiguous() for tensor in inputs]
         with self._lock:
             self._calls += 1
+            self._renew_packed()
             binding = self._binding(inputs)
             self._place(binding)
             values = dict(zip((spec.name for spec in self.plan.inputs), tensors, strict=True))
             for name, tensor in values.items():
                 self._pointers[self._slots[name]] = tensor.data_ptr()
+            given = dict(zip((spec.name for spec in self.plan.inputs), inputs, strict=True))
+            for name, source in self.plan.in_place.items():
+                values[name], given[name] = values[source], given[source]
+                self._pointers[self._slots[name]] = values[source].data_ptr()
             self._allocate_fresh(binding, values)
             self._run(binding, values)
-            given = dict(zip((spec.name for spec in self.plan.inputs), inputs, strict=True))
             return tuple(self._output(name, values, given) for name in self.plan.outputs)
+
+    def release_stored(self) -> int:
+        """Drop what is in memory of the model's file and is read no longer, its weights being packed; bytes."""
+        return self._packed.release_stored()
+
+    def _renew_packed(self) -> None:
+        """Pack again what was written to since it was packed."""
+        for name, data in self._packed.renewed().items():
+            self._constants[name] = data
+            self._pointers[self._slots[name]] = data.data_ptr()
 
     def _output(self, name: str, values: dict[str, Tensor], given: dict[str, Tensor]) -> Tensor:
         if name in self._constants:
@@ -226,28 +256,39 @@ class Executable:
                 continue
             records = (LaunchRecord * len(group))()
             for position, launch in enumerate(group):
-                self._fill_record(records[position], launch, self._functions[number], table, kept)
+                shared = len(self._unit.functions[number].shared)
+                self._fill_record(records[position], launch, self._functions[number], shared, table, kept)
                 number += 1
             segments.append(records)
             groups.append(group)
         room = max((table(expr) for f in self._unit.functions for expr in f.scratch), default=0)
         # Whole pages and one line more: the threads' pieces must not fall on the same cache sets.
         stride = -(-room // 4096) * 4096 + ALIGNMENT
-        return _Binding(table, memory, tuple(segments), tuple(groups), stride, tuple(kept))
+        rooms = [0] * len(self._shared)
+        for function in self._unit.functions:
+            for number, need in enumerate(function.shared):
+                rooms[number] = max(rooms[number], need.nbytes(table, self._threads))
+        return _Binding(table, memory, tuple(segments), tuple(groups), stride, tuple(rooms), tuple(kept))
 
     def _fill_record(
-        self, record: LaunchRecord, launch: Launch, function: int, table: SizeTable, kept: list[object]
+        self,
+        record: LaunchRecord,
+        launch: Launch,
+        function: int,
+        shared: int,
+        table: SizeTable,
+        kept: list[object],
     ) -> None:
-        slots = (ctypes.c_int32 * max(1, len(launch.arguments)))(
-            *(self._slots[name] for name in launch.arguments)
-        )
+        places = [self._slots[name] for name in launch.arguments]
+        places += [len(self._slots) + i for i in range(shared)]
+        slots = (ctypes.c_int32 * max(1, len(places)))(*places)
         sizes = (ctypes.c_int64 * max(1, len(launch.kernel.sizes)))(
             *(table.sizes[s] for s in launch.kernel.sizes)
         )
         kept += [slots, sizes]
         record.kernel = function
         record.slots, record.sizes = ctypes.addressof(slots), ctypes.addressof(sizes)
-        record.arguments = len(launch.arguments)
+        record.arguments = len(places)
         record.solo = int(self._threads == 1 or work(launch.kernel, table) < _SOLO_WORK)
 
     def _place(self, binding: _Binding) -> None:
@@ -258,6 +299,10 @@ class Executable:
             self._arena = torch.empty(binding.memory.arena_bytes, dtype=torch.uint8)
         if self._scratch.numel() < self._threads * binding.scratch_stride:
             self._scratch = torch.empty(self._threads * binding.scratch_stride, dtype=torch.uint8)
+        for number, nbytes in enumerate(binding.shared_bytes):
+            if self._shared[number].numel() < nbytes:
+                self._shared[number] = torch.zeros(nbytes, dtype=torch.uint8)
+            self._pointers[len(self._slots) + number] = self._shared[number].data_ptr()
         base = self._arena.data_ptr()
         for name, offset in binding.memory.offsets.items():
             self._pointers[self._slots[name]] = base + offset
@@ -294,12 +339,12 @@ def _fresh_values(plan: Plan) -> tuple[ValueSpec, ...]:
         if isinstance(step, EagerStep):
             seen |= set(step.arguments)
     written = [name for launch in plan.launches() for name in launch.written()]
-    return tuple(plan.values[name] for name in written if name in seen)
+    return tuple(plan.values[name] for name in written if name in seen and name not in plan.in_place)
 
 
 def _arena_values(plan: Plan, fresh: Sequence[ValueSpec]) -> tuple[tuple[ValueSpec, int, int], ...]:
     """The other values of launches with the first and the last step that needs them."""
-    outside = {spec.name for spec in fresh}
+    outside = {spec.name for spec in fresh} | set(plan.in_place)
     spans: dict[str, tuple[int, int]] = {}
     for number, step in enumerate(plan.steps):
         if not isinstance(step, Launch):

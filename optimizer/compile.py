@@ -7,16 +7,18 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from torchweld.codegen.build_plan import BuiltPlan, PlanRefused, build_plan
 from torchweld.codegen.cache import Cache
+from torchweld.codegen.cpp_packed import PRECISIONS, Precision
 from torchweld.codegen.executable import BuildError, Executable
 from torchweld.codegen.ir import AttentionPart, MatmulPart, Part
 from torchweld.codegen.lower import LoweredGroup
-from torchweld.codegen.plan import EagerStep, Launch
+from torchweld.codegen.plan import EagerStep, Launch, Plan
 from torchweld.codegen.probe import measured_target
 from torchweld.codegen.work import moved_and_minimum
 from torchweld.graph.cost import roofline_microseconds
@@ -24,6 +26,7 @@ from torchweld.graph.fusion import Measure
 from torchweld.graph.groups import Group, GroupGraph
 from torchweld.graph.index import evaluate
 from torchweld.graph.program import Program, source_line
+from torchweld.graph.rewrite import Pass
 from torchweld.graph.target import Target
 from torchweld.optimizer.environment import apply_logs, read_environment
 from torchweld.optimizer.ledger import Fallback, LaunchRecord, Ledger
@@ -51,6 +54,11 @@ class Options:
     timing the candidates.  skip: pass names to leave out (the environment's are added).  fuel: at most this many
     rewrites.  strict: raise BuildError instead of running eagerly where the graph cannot be compiled.
     target: ceilings to use instead of this machine's measured ones.  warm: use plans of earlier runs from the cache.
+    precision: of products with stored weights; "f32" is exact up to rounding in float32.  "bf16": activations and
+    weights are rounded to bfloat16 where more than 16 rows meet a weight (each product off by at most 2^-7 of itself).
+    "int8": as "bf16", and activations of up to 16 rows in int8 with a scale for every 32 (each off by at most 1/254 of
+    the greatest of its 32).
+    lossy: passes that change the model, behind the exact ones; optimizer/lossy.py measures what they cost.
     """
 
     threads: int | None = None
@@ -62,8 +70,12 @@ class Options:
     cache: Cache | None = None
     after_pass: AfterPass | None = None
     warm: bool = True
+    precision: Precision = "f32"
+    lossy: tuple[Pass[Any], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: expected one of {', '.join(PRECISIONS)}")
         if self.guide not in ("model", "measure"):
             raise ValueError(f"guide={self.guide!r}: expected 'model' or 'measure'")
 
@@ -128,7 +140,8 @@ def compile_program(
     fuel = options.fuel if options.fuel is not None else environment.fuel
     stages = None if environment.dump is None else StageWriter(environment.dump)
     after_pass = _both(stages, options.after_pass)
-    settings = Settings(target, hints, options.skip | environment.skip, fuel, measure, after_pass, ledger)
+    skip = options.skip | environment.skip
+    settings = Settings(target, hints, skip, fuel, measure, after_pass, ledger, options.lossy)
     with timed(ledger, "passes"):
         program = run_graph_passes(program, settings)
     with timed(ledger, "fusion"):
@@ -155,6 +168,11 @@ def _both(first: AfterPass | None, second: AfterPass | None) -> AfterPass | None
     return call
 
 
+def make_executable(plan: Plan, options: Options, cache: Cache) -> Executable:
+    """The executable of a plan as the options wish it. Raises BuildError."""
+    return Executable(plan, threads=options.threads, cache=cache, precision=options.precision)
+
+
 def _build(
     groups: GroupGraph, options: Options, cache: Cache, ledger: Ledger
 ) -> tuple[BuiltPlan | None, Executable | None, str | None]:
@@ -164,7 +182,7 @@ def _build(
         with timed(ledger, "plan"):
             built = build_plan(groups)
         with timed(ledger, "build"):
-            return built, Executable(built.plan, threads=options.threads, cache=cache), None
+            return built, make_executable(built.plan, options, cache), None
     except (PlanRefused, BuildError) as problem:
         warnings.warn(f"torchweld runs this model eagerly: {problem}", stacklevel=4)
         return built, None, str(problem)
@@ -184,6 +202,7 @@ def make_report(compiled: Compiled, name: str, target: Target) -> Report:
         fallbacks = [Fallback("the whole program", compiled.eager_reason)]
     return Report(
         model=name, target=target, sizes=tuple(sorted(compiled.hints.items())), passes=tuple(compiled.ledger.passes),
+        masks=tuple(compiled.ledger.masks),
         launches=tuple(launches), fallbacks=tuple(fallbacks), phases=tuple(compiled.ledger.phases),
     )  # fmt: skip
 

@@ -1,0 +1,173 @@
+"""Packing of stored weights for the CPU: 16 rows side by side, on memory with huge pages, once per weight.
+
+The layout stands in runtime/packed.h, its making in runtime/pack.cpp. A packed weight is shared by all executables
+of a process that read the same tensor, and lives as long as one of them holds it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from torchweld.codegen.cache import Cache
+from torchweld.codegen.toolchain import compile_shared, load
+from torchweld.graph.formats import get_format
+
+STORED: Final = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+"""The formats that can be packed; runtime/pack.cpp knows them by their position."""
+LAYOUT: Final = "R16_"
+"""What stands before the name of a stored format where its weight is packed."""
+GROUP: Final = 16
+_DENSE: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HUGE_PAGE: Final = 2 << 20
+_LINE: Final = 64
+_PIECE: Final = 1 << 20  # bytes of a weight that a thread packs at a time
+
+
+def columns_of(format_: str, row_bytes: int) -> int:
+    """Values of a row of `row_bytes` stored bytes; the name may be that of a packed format."""
+    stored = get_format(format_.removeprefix(LAYOUT))
+    return row_bytes // stored.block_bytes * stored.block
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A weight to pack: uint8 [rows, row_bytes] in `format`, or numbers [rows, columns] that are rounded to it."""
+
+    tensor: Tensor
+    format: str
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight."""
+        return self.tensor.shape[0]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in the stored format."""
+        width = self.tensor.shape[1]
+        return width if self.tensor.dtype == torch.uint8 else width * get_format(self.format).block_bytes
+
+    @property
+    def columns(self) -> int:
+        """Values of one row."""
+        return columns_of(self.format, self.row_bytes)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    data: weakref.ref[Tensor]
+    format: str
+    version: int
+
+
+class Packer:
+    """The compiled packing functions, and the weights packed so far."""
+
+    def __init__(self, cache: Cache) -> None:
+        """Compile and load runtime/pack.cpp. Raises ToolchainError."""
+        source = (Path(__file__).parent / "runtime" / "pack.cpp").read_text(encoding="utf-8")
+        path = compile_shared(source, cache=cache, flags=("-fno-exceptions", "-fno-rtti"), name="pack")
+        library = load(path, ("tw_pack", "tw_packed_bytes"))
+        number, address = ctypes.c_int64, ctypes.c_void_p
+        library.tw_packed_bytes.restype = number
+        library.tw_packed_bytes.argtypes = (ctypes.c_int32, number, number)
+        library.tw_pack.restype = None
+        library.tw_pack.argtypes = (
+            ctypes.c_int32, address, number, number, number, address, number, number,
+        )  # fmt: skip
+        self._library = library
+        self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
+
+    def nbytes(self, packing: Packing) -> int:
+        """Bytes of the packed weight."""
+        format_ = STORED.index(packing.format)
+        return int(self._library.tw_packed_bytes(format_, packing.rows, packing.columns))
+
+    def pack(self, weights: Sequence[Packing], threads: int) -> tuple[Tensor, ...]:
+        """The packed weights (uint8), in order; those that are packed already are not packed again."""
+        with self._lock:
+            found = {id(weight.tensor): self._find(weight) for weight in weights}
+            new = list({id(w.tensor): w for w in weights if found[id(w.tensor)] is None}.values())
+            for weight, data in zip(new, self._room(new), strict=True):
+                self._fill(weight, data, threads)
+                self._known[weight.tensor] = _Packed(weakref.ref(data), weight.format, version(weight.tensor))
+                found[id(weight.tensor)] = data
+        packed = tuple(found[id(weight.tensor)] for weight in weights)
+        return tuple(data for data in packed if data is not None)
+
+    def _find(self, weight: Packing) -> Tensor | None:
+        """What the weight was packed to, if somebody still holds it and nobody wrote to the weight since."""
+        packed: _Packed | None = self._known.get(weight.tensor)  # type: ignore[no-untyped-call]
+        if packed is None or (packed.format, packed.version) != (weight.format, version(weight.tensor)):
+            return None
+        return packed.data()
+
+    def _room(self, weights: Sequence[Packing]) -> list[Tensor]:
+        """Zeroed memory for all weights in one piece, in order, each on a line."""
+        sizes = [-(-self.nbytes(weight) // _LINE) * _LINE for weight in weights]
+        return list(torch.split(huge_pages(sum(sizes)), sizes)) if sizes else []
+
+    def _fill(self, weight: Packing, data: Tensor, threads: int) -> None:
+        source = weight.tensor.detach()
+        if source.dtype != torch.uint8:
+            source = source.to(_DENSE[weight.format])
+        source = source.contiguous()
+        groups = -(-weight.rows // GROUP)
+        step = max(1, _PIECE * groups // max(1, data.numel()))
+        number = STORED.index(weight.format)
+        shape = (weight.rows, weight.columns, weight.row_bytes)
+
+        def piece(first: int) -> None:
+            last = min(groups, first + step)
+            self._library.tw_pack(number, source.data_ptr(), *shape, data.data_ptr(), first, last)
+
+        pieces = range(0, groups, step)
+        if threads == 1 or len(pieces) == 1:
+            for first in pieces:
+                piece(first)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(piece, pieces))
+
+
+def huge_pages(nbytes: int) -> Tensor:
+    """Zeroed memory, uint8 [nbytes], on pages of 2 MiB where the system grants them; freed with the tensor."""
+    if nbytes < _HUGE_PAGE:
+        room = torch.zeros(nbytes + _LINE, dtype=torch.uint8)
+        return room[-room.data_ptr() % _LINE :][:nbytes]
+    size = -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE
+    pages = mmap.mmap(-1, size + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    room = torch.frombuffer(pages, dtype=torch.uint8)
+    return room[-room.data_ptr() % _HUGE_PAGE :][:nbytes]
+
+
+def version(tensor: Tensor) -> int:
+    """A number that grows with every change in place (tensors made in inference mode do not count: 0)."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+_packers: list[Packer] = []
+_packers_lock = threading.Lock()
+
+
+def shared_packer(cache: Cache) -> Packer:
+    """The packer of this process; `cache` keeps its code where there is none yet. Raises ToolchainError."""
+    with _packers_lock:
+        if not _packers:
+            _packers.append(Packer(cache))
+        return _packers[0]

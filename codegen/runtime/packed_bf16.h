@@ -1,0 +1,165 @@
+// Products of many rows with packed weights in bfloat16, sums in float: with AMX tiles, or with vdpbf16ps.
+//
+// The weights of a block of columns are unpacked once, d * q + m rounded to bfloat16, in pairs of columns k, k + 1: one
+// line of 64 bytes holds a pair of 16 rows, 16 lines make the 1024 bytes of a tile (32 columns by 16 rows of the weight).
+//   a [rows, stride] bfloat16, zeros up to whole steps of 32, room for a whole number of 32 rows
+//   out [rows up to whole 32, out_stride], whole groups    room [groups * steps * 1024] bytes, on a line
+
+static constexpr int tw_bf16_step_bytes = 1024;
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(__clang__)
+static constexpr bool tw_has_bf16 = true;
+typedef uint32_t tw_pair __attribute__((may_alias));
+typedef uint16_t tw_u16x32 __attribute__((vector_size(64)));
+typedef uint16_t tw_u16x16 __attribute__((vector_size(32)));
+typedef tw_u16x16 tw_u16x16_any __attribute__((aligned(1), may_alias));
+typedef tw_u16x32 tw_u16x32_any __attribute__((aligned(1), may_alias));
+
+// Two vectors of 16 numbers, rounded, as 16 pairs.
+static inline tw_u16x32 tw_pairs(tw_v16 first, tw_v16 second) {
+    tw_u16x32 x;
+    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(x) : "v"(second), "v"(first));
+    return __builtin_shuffle(x, (tw_u16x32){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+}
+
+static inline void tw_round_row(const float* a, int64_t count, uint16_t* to) {
+    for (int64_t k = 0; k < count; k += 16) {
+        tw_u16x16 x;
+        asm("vcvtneps2bf16 %1, %0" : "=v"(x) : "v"(tw_load(a + k)));
+        *(tw_u16x16_any*)(to + k) = x;
+    }
+}
+
+template <class F> static inline void tw_fill_bf16(const uint8_t* group, int64_t steps, uint8_t* to) {
+    const uint8_t* const codes = group + tw_lines(F::scale_bytes(steps));
+    constexpr int runs = 32 / F::run, quads = F::run / 4;
+    for (int64_t step = 0; step < steps; ++step)
+#pragma GCC unroll 2
+        for (int run = 0; run < runs; ++run) {
+            tw_v16 d, m;
+            F::factors(group, runs * step + run, d, m);
+#pragma GCC unroll 8
+            for (int q = 0; q < quads; ++q) {
+                const int j = run * quads + q;
+                tw_v16 w[4];
+                F::unpack(codes + step * F::code_bytes, j, w);
+                for (int b = 0; b < 4; ++b)
+                    if (F::scaled) w[b] = F::offset ? tw_fma(d, w[b], m) : d * w[b];
+                tw_u16x32_any* const line = (tw_u16x32_any*)(to + step * tw_bf16_step_bytes + 128 * j);
+                line[0] = tw_pairs(w[0], w[1]);
+                line[1] = tw_pairs(w[2], w[3]);
+            }
+        }
+}
+
+// R rows against G groups with vdpbf16ps.
+template <int R, int G>
+static inline void tw_bf16_tile(const uint16_t* a, int64_t stride, int64_t rows, const uint8_t* w, int64_t steps,
+                                float* out, int64_t out_stride) {
+    const uint16_t* ar[R];
+    for (int r = 0; r < R; ++r) ar[r] = a + (r < rows ? r : rows - 1) * stride;
+    tw_v16 s[R][G];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) s[r][g] = tw_v16{};
+    for (int64_t pair = 0; pair < 16 * steps; ++pair) {
+        tw_v16 wk[G];
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) wk[g] = tw_load((const float*)(w + g * steps * tw_bf16_step_bytes + 64 * pair));
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int g = 0; g < G; ++g)
+                asm("vdpbf16ps %2%{1to16%}, %1, %0"
+                    : "+v"(s[r][g]) : "v"(wk[g]), "m"(*(const tw_pair*)(ar[r] + 2 * pair)));
+    }
+    for (int r = 0; r < R && r < rows; ++r)
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) tw_put(out + r * out_stride + 16 * g, s[r][g]);
+}
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+// Linux hands out the tile registers on request, once per process (arch_prctl: ARCH_REQ_XCOMP_PERM, XTILEDATA).
+static bool tw_ask_for_tiles() {
+    int64_t result = 158;
+    asm volatile("syscall" : "+a"(result) : "D"(0x1023l), "S"(18l) : "rcx", "r11", "memory");
+    return result == 0;
+}
+static const bool tw_has_tiles = tw_ask_for_tiles();
+
+struct tw_tile_shape { uint8_t palette, start; uint8_t unused[14]; uint16_t line[16]; uint8_t lines[16]; };
+static const tw_tile_shape tw_tiles_of_16 = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+// 32 rows against G groups: tiles 0 to 3 hold the sums, 4 and 5 the rows, 6 and 7 the weights.
+template <int G>
+static inline void tw_amx_tile(const uint16_t* a, int64_t stride, const uint8_t* w, int64_t steps, float* out,
+                               int64_t out_stride) {
+    const int64_t line = 64, a_line = 2 * stride, out_line = 4 * out_stride;
+    asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::: "memory");
+    for (int64_t step = 0; step < steps; ++step) {
+        const uint8_t* const own = w + step * tw_bf16_step_bytes;
+        asm volatile("tileloadd (%0,%1,1), %%tmm6" ::"r"(own), "r"(line) : "memory");
+        asm volatile("tileloadd (%0,%1,1), %%tmm4" ::"r"(a + 32 * step), "r"(a_line) : "memory");
+        asm volatile("tileloadd (%0,%1,1), %%tmm5" ::"r"(a + 32 * step + 16 * stride), "r"(a_line) : "memory");
+        asm volatile("tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\ttdpbf16ps %%tmm6, %%tmm5, %%tmm2" ::: "memory");
+        if (G == 2) {
+            asm volatile("tileloadd (%0,%1,1), %%tmm7" ::"r"(own + steps * tw_bf16_step_bytes), "r"(line) : "memory");
+            asm volatile("tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::: "memory");
+        }
+    }
+    asm volatile("tilestored %%tmm0, (%0,%1,1)" ::"r"(out), "r"(out_line) : "memory");
+    asm volatile("tilestored %%tmm2, (%0,%1,1)" ::"r"(out + 16 * out_stride), "r"(out_line) : "memory");
+    if (G == 2) {
+        asm volatile("tilestored %%tmm1, (%0,%1,1)" ::"r"(out + 16), "r"(out_line) : "memory");
+        asm volatile("tilestored %%tmm3, (%0,%1,1)" ::"r"(out + 16 * out_stride + 16), "r"(out_line) : "memory");
+    }
+}
+
+static bool tw_amx_matmul(const uint16_t* a, int64_t stride, int64_t rows, const uint8_t* w, int64_t groups,
+                          int64_t steps, float* out, int64_t out_stride) {
+    if (!tw_has_tiles) return false;
+    asm volatile("ldtilecfg %0" ::"m"(tw_tiles_of_16) : "memory");
+    for (int64_t r = 0; r < rows; r += 32)
+        for (int64_t g = 0; g < groups; g += 2) {
+            const uint8_t* const own = w + g * steps * tw_bf16_step_bytes;
+            float* const to = out + r * out_stride + 16 * g;
+            if (g + 2 <= groups) tw_amx_tile<2>(a + r * stride, stride, own, steps, to, out_stride);
+            else tw_amx_tile<1>(a + r * stride, stride, own, steps, to, out_stride);
+        }
+    asm volatile("tilerelease" ::: "memory");
+    return true;
+}
+#else
+static bool tw_amx_matmul(const uint16_t*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, float*, int64_t) {
+    return false;
+}
+#endif
+
+template <class F>
+static inline void tw_packed_bf16(const uint16_t* a, int64_t stride, int64_t rows, const uint8_t* base, int64_t columns,
+                                  int64_t steps, float* out, int64_t out_stride, uint8_t* room) {
+    const int64_t group_bytes = tw_group_bytes<F>(steps), groups = tw_blocks(columns, 16);
+    for (int64_t g = 0; g < groups; ++g)
+        tw_fill_bf16<F>(base + g * group_bytes, steps, room + g * steps * tw_bf16_step_bytes);
+    if (tw_amx_matmul(a, stride, rows, room, groups, steps, out, out_stride)) return;
+    for (int64_t r = 0; r < rows;) {
+        int64_t g = 0;
+        for (; g + 4 <= groups; g += 4)
+            tw_bf16_tile<6, 4>(a + r * stride, stride, rows - r, room + g * steps * tw_bf16_step_bytes, steps,
+                               out + r * out_stride + 16 * g, out_stride);
+        for (; g < groups; ++g)
+            tw_bf16_tile<6, 1>(a + r * stride, stride, rows - r, room + g * steps * tw_bf16_step_bytes, steps,
+                               out + r * out_stride + 16 * g, out_stride);
+        r += 6;
+    }
+}
+#else
+static constexpr bool tw_has_bf16 = false;
+static inline void tw_round_row(const float*, int64_t, uint16_t*) {}
+template <class F>
+static inline void tw_packed_bf16(const uint16_t*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, float*, int64_t,
+                                  uint8_t*) {}
+#endif
