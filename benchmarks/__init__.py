@@ -1,0 +1,1 @@
+"""Benchmarks: users of the public API, and of single kernels."""
