@@ -21,7 +21,7 @@ demo: $(STAMP) compiler ## load SmolLM2, optimize, check, dump kernels, print th
 	@$(PYTHON_IN_VENV) -m examples.demo $(ARGS)
 
 test: $(STAMP) compiler ## the whole suite; ARGS="-k name" narrows it
-	@$(PYTHON_IN_VENV) -m pytest -n $(JOBS) --hypothesis-profile=ci $(ARGS)
+	@$(PYTHON_IN_VENV) -m pytest -n $(JOBS) --dist=loadfile --no-loadscope-reorder --hypothesis-profile=ci $(ARGS)
 
 venv: $(STAMP) ## only make the environment
 

@@ -76,16 +76,15 @@ extern "C" void int8_%(f)s(const float* a, int64_t stride, int64_t rows, const f
                            int64_t columns, int64_t steps, float* out) {
     alignas(64) static float tile[64 * 64];
     alignas(64) static int8_t codes[64 * 8192];
-    alignas(64) static float scales[64 * 256];
+    alignas(64) static float scales[64 * 256], offsets[64 * 256];
     alignas(64) static int32_t sums[64 * 512];
     for (int64_t r = 0; r < rows; r += 64) {
         const int64_t count = tw_least<int64_t>(64, rows - r);
         for (int64_t i = 0; i < count; ++i)
-            tw_quantize_row(a + (r + i) * stride, stride, codes + i * stride, scales + i * (stride / 32),
-                            sums + i * (stride / 16));
+            tw_quantize_row(a + (r + i) * stride, stride, i, codes, scales, offsets, sums);
         for (int64_t c = 0; c < columns; c += 64) {
             const int64_t width = tw_least<int64_t>(64, columns - c);
-            tw_packed_int8<tw_R16_%(f)s>(codes, stride, count, scales, sums,
+            tw_packed_int8<tw_R16_%(f)s>(codes, count, scales, offsets, sums,
                                         base + c / 16 * tw_group_bytes<tw_R16_%(f)s>(steps), width, steps, tile, 64);
             for (int64_t i = 0; i < count; ++i)
                 for (int64_t j = 0; j < width; ++j) out[(r + i) * columns + c + j] = tile[i * 64 + j];

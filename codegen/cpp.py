@@ -69,9 +69,7 @@ class PrintedUnit:
         return tuple(dict.fromkeys(function.name for function in self.functions))
 
 
-def print_kernel(
-    kernel: Kernel, taken: Collection[str] = (), precision: Precision = "f32"
-) -> PrintedKernel:
+def print_kernel(kernel: Kernel, taken: Collection[str] = (), precision: Precision = "f32") -> PrintedKernel:
     """`kernel` as one C++ function called as the kernel, with a number behind it where that name is `taken`.
 
     Raises PrintError for what has no C++.

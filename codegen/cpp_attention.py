@@ -282,8 +282,11 @@ class _AttentionPrinter(AttentionKeys):
         emitter = self._scope()
         f = emitter.axis(part.feature)
         self._push_row(emitter)
-        emitter.line("// a row that saw nothing gives 0")
-        emitter.line(f"const {self.kind} share_of_one = total[0][r] > 0 ? 1 / total[0][r] : total[0][r];")
+        share = "tw_share_of_one(total[0][r])"
+        if attend.sinks is not None:
+            sink = unwrapped(converted(emitter.value(attend.sinks), attend.sinks.dtype, self.real))
+            share = f"tw_share_beside<{self.kind}>(greatest[0][r], total[0][r], {sink})"
+        emitter.line(f"const {self.kind} share_of_one = {share};")
         ref = f"ref:{part.attend.name}"
         emitter.push((part.feature.name, ref))
         name = self.names.namer.fresh(part.attend.name)

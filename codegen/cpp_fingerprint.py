@@ -136,7 +136,7 @@ class _Writer:
             case Contract():
                 return self.axes((term.k,))
             case Attend():
-                given = (term.mask is None, term.past is None, term.path is None)
+                given = (term.mask is None, term.past is None, term.path is None, term.sinks is None)
                 numbers = (
                     f"{term.mask_kind} {term.window} {term.scale!r} {term.soft_cap!r} {given} {term.share}"
                 )

@@ -29,18 +29,19 @@ _MOST_NARROW_ROWS: Final = 256
 
 @dataclass(frozen=True)
 class Copies:
-    """Names of the copies of a panel: bfloat16 rows; int8 rows with their scales and sums, where int8 is wished."""
+    """Names of the copies of a panel: bfloat16 rows; where int8 is wished, what packed_int8.h makes of a row."""
 
     half: str
     codes: str | None
     scales: str
+    offsets: str
     sums: str
 
 
 def make_copies(fresh: Callable[[str], str], precision: Precision) -> Copies:
     """Names for a panel."""
     codes = fresh("a_codes") if precision == "int8" else None
-    return Copies(fresh("a_half"), codes, fresh("a_scales"), fresh("a_code_sums"))
+    return Copies(fresh("a_half"), codes, fresh("a_scales"), fresh("a_offsets"), fresh("a_code_sums"))
 
 
 def narrow_rows(width: int) -> int:
@@ -51,11 +52,13 @@ def narrow_rows(width: int) -> int:
 def allocate_copies(
     allocate: Callable[[str, str, int, Expr], None], copies: Copies, width: Expr, rows: int, few: int
 ) -> None:
-    """Room for the copies: `rows` rows in bfloat16, `few` rows in int8."""
+    """Room for the copies: `rows` rows in bfloat16, `few` rows in int8, in whole tiles of 16."""
     allocate(copies.half, "uint16_t", 2, width * rows)
     if copies.codes is not None:
+        few = -(-few // 16) * 16
         allocate(copies.codes, "int8_t", 1, width * few)
         allocate(copies.scales, "float", 4, width / 32 * few)
+        allocate(copies.offsets, "float", 4, width / 32 * few)
         allocate(copies.sums, "int32_t", 4, width / 16 * few)
 
 
@@ -64,8 +67,8 @@ def copy_lines(copies: Copies, row: str, stride: str) -> list[str]:
     lines = [f"if (narrow) tw_round_row({row}, {stride}, {copies.half} + r * {stride});"]
     if copies.codes is not None:
         lines += [
-            f"else if (tw_has_int8) tw_quantize_row({row}, {stride}, {copies.codes} + r * {stride},",
-            f"    {copies.scales} + r * ({stride} / 32), {copies.sums} + r * ({stride} / 16));",
+            f"else if (tw_has_int8) tw_quantize_row({row}, {stride}, r, {copies.codes}, {copies.scales},",
+            f"    {copies.offsets}, {copies.sums});",
         ]
     return lines
 
@@ -96,7 +99,7 @@ def product_lines(
     if copies.codes is not None and stored.has_codes:
         lines += [
             "} else if (tw_has_int8) {",
-            f"    tw_packed_int8<tw_{stored.format}>({copies.codes}, {stride}, {rows}, {copies.scales}, {copies.sums},",
-            f"        {base}, width, {steps}, {out}, {out_stride});",
+            f"    tw_packed_int8<tw_{stored.format}>({copies.codes}, {rows}, {copies.scales}, {copies.offsets},",
+            f"        {copies.sums}, {base}, width, {steps}, {out}, {out_stride});",
         ]
     return [*lines, "} else {", *(f"    {line}" for line in plain), "}"]

@@ -78,7 +78,12 @@ class Executable:
     """
 
     def __init__(
-        self, plan: Plan, *, threads: int | None = None, cache: Cache | None = None, precision: Precision = "f32"
+        self,
+        plan: Plan,
+        *,
+        threads: int | None = None,
+        cache: Cache | None = None,
+        precision: Precision = "f32",
     ) -> None:
         plan.check()
         self.plan = plan
@@ -92,7 +97,9 @@ class Executable:
         except ToolchainError as error:
             raise BuildError(f"the weights cannot be packed: {error}") from error
         kept = {name: tensor for name, tensor in plan.constants.items() if name not in self._packed.data}
-        self._constants = {name: tensor.detach().contiguous() for name, tensor in kept.items()} | self._packed.data
+        self._constants = {
+            name: tensor.detach().contiguous() for name, tensor in kept.items()
+        } | self._packed.data
         self._slots = _number_slots(plan)
         self._unit, self._team, self._functions = self._build()
         shared = max((len(function.shared) for function in self._unit.functions), default=0)

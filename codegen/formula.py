@@ -109,4 +109,5 @@ def _attend_text(term: Attend, depth: int) -> str:
     if term.past is not None:
         tree = f", tree {_text(term.path, depth - 1)}" if term.path is not None else ""
         kind += f" over a cache after {_text(term.past, depth - 1)}{tree}"
-    return f"softmax[{_axes((term.s,))}]({scores}, positions: {kind}) @ {v}"
+    sink = "" if term.sinks is None else f", sink {_text(term.sinks, depth - 1)}"
+    return f"softmax[{_axes((term.s,))}]({scores}, positions: {kind}{sink}) @ {v}"

@@ -413,13 +413,22 @@ class _PartRun:
         if seen.slots.extents[term.s.name] == 0:
             weights = score
         else:
-            weights = torch.softmax(score, dim=at)
-            blind = (score == float("-inf")).all(dim=at, keepdim=True)
-            weights = weights.masked_fill(blind, 0.0)
+            weights = self.weights(term, score, at, scope)
         v = self.value(term.v, seen.slots).to(carrier)
         if term.past is not None and seen.visible is not None:  # a slot that no query sees may hold anything
             v = torch.where(seen.visible.any(self.key_dims(term).query, keepdim=True), v, 0.0)
         return self.settle(self.product_sum(weights, v, term.s, seen.slots), term.dtype)
+
+    def weights(self, term: Attend, score: Tensor, at: int, scope: _Scope) -> Tensor:
+        """The softmax of the scores over dimension `at`; the sink takes part and is cut off."""
+        blind = (score == float("-inf")).all(dim=at, keepdim=True)
+        count = score.shape[at]
+        if term.sinks is not None:
+            sink = self.value(term.sinks, scope).to(score.dtype)
+            shape = torch.broadcast_shapes(score.narrow(at, 0, 1).shape, sink.shape)  # type: ignore[no-untyped-call]
+            wide = (*shape[:at], count, *shape[at + 1 :])
+            score = torch.cat([score.expand(wide), sink.expand(shape)], dim=at)
+        return torch.softmax(score, dim=at).narrow(at, 0, count).masked_fill(blind, 0.0)
 
     def plain_keys(self, term: Attend, scope: _Scope) -> _Keys:
         """The keys of an attention over all of s: its last t_extent positions are the queries."""

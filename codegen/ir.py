@@ -87,6 +87,7 @@ class Schedule:
 
     block_rows   rows (grid points or matmul rows) per program     block_n    output columns per program
     block_k      elements of the summed axis per step              warps, stages   GPU only
+    split_keys   keys that one program of an attention takes where programs are few (GPU only; 0: all of them)
     unroll_rows, unroll_n   register tile of the CPU matmul
     """
 
@@ -97,6 +98,7 @@ class Schedule:
     stages: int = 2
     unroll_rows: int = 4
     unroll_n: int = 4
+    split_keys: int = 0
 
 
 @dataclass(frozen=True)

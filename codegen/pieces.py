@@ -37,6 +37,7 @@ PERMUTES = frozenset({
     aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default,
 })  # fmt: skip
 APPEND = torch.ops.torchweld.append_rows.default
+CUMSUM = torch.ops.torchweld.cached_cumsum.default
 MAX_PIECES = (
     8  # each piece is a part, and a kernel has at most eight: a longer concatenation reads under guards
 )
@@ -98,11 +99,33 @@ def in_place_problem(output: fx.Node) -> str | None:
     cache, rows = output.args[:2]
     if not isinstance(cache, fx.Node) or cache.op != "placeholder":
         return f"the cache {cache} is computed, not given to the program: the rows go into a copy of it"
-    others = [user.name for user in cache.users if user is not output]
+    earlier = _ancestors(rows) if len(cache.users) > 1 else set()
+    others = [user.name for user in cache.users if user is not output and not _reads_before(user, earlier)]
     if rows is cache or others:
         reader = output.name if rows is cache else others[0]
         return f"{reader} reads the cache {cache.name} as it was before: the rows go into a copy of it"
     return None
+
+
+def _reads_before(reader: fx.Node, earlier: Collection[fx.Node]) -> bool:
+    """Has a reader of a cache done so before the rows are there? It runs eagerly, on what the rows are made of.
+
+    Whoever asks for a size of the cache reads no element of it.
+    """
+    if isinstance(reader.meta.get("val"), torch.SymInt):
+        return True
+    return reader.target is CUMSUM and reader in earlier
+
+
+def _ancestors(node: object) -> set[fx.Node]:
+    """A node and what it is computed from."""
+    pending = [node] if isinstance(node, fx.Node) else []
+    seen = set(pending)
+    while pending:
+        fresh = [source for source in pending.pop().all_input_nodes if source not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return seen
 
 
 def slot_of(piece: Piece, index: Index, meaning: Meaning) -> Index:

@@ -114,7 +114,7 @@ class Plan:
             raise PlanError(f"outputs {missing} are computed by no step")
 
     def _check_updates(self, number: int, launch: Launch, where: str) -> None:
-        """Raise PlanError unless what a launch updates is an input that nothing else reads as it was before."""
+        """Raise PlanError unless what a launch updates is an input that nothing after it reads as it was before."""
         inputs = {spec.name for spec in self.inputs}
         for name in launch.updated():
             source = self.in_place.get(name)
@@ -122,7 +122,7 @@ class Plan:
                 raise PlanError(f"{where} updates {name}, which stands for no input")
             if list(self.in_place.values()).count(source) > 1 or source in self.outputs:
                 raise PlanError(f"{where} updates {source}, whose old value is asked for as well")
-            for other, step in enumerate(self.steps):
+            for other, step in enumerate(self.steps[number:], number):
                 reads = step.read() if isinstance(step, Launch) else step.arguments
                 if source in reads:
                     raise PlanError(f"{where} updates {source}, which step {other} reads as it was before")

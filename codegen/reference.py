@@ -32,6 +32,7 @@ from torchweld.graph.ops.cached_attention import (
     append_rows_reference,
     cached_attention_reference,
 )
+from torchweld.graph.ops.cached_rows import _slots, cached_rows_reference
 from torchweld.graph.ops.rope import rope_reference, rotate
 from torchweld.graph.partition import extract_group
 from torchweld.graph.terms import Const, Expr, IndexValue, Op, Term
@@ -43,6 +44,7 @@ _INLINED: Mapping[str, tuple[str, tuple[Callable[..., object], ...]]] = {
         "cached_attention_reference",
         (positional_visibility, attention_reference, _ancestors, cached_attention_reference),
     ),
+    "cached_rows": ("cached_rows_reference", (_slots, cached_rows_reference)),
     "rope": ("rope_reference", (rotate, rope_reference)),
 }
 _SYMBOLS = {

@@ -10,14 +10,12 @@ from __future__ import annotations
 import ast
 import builtins
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from math import prod
 from pathlib import Path
 
 from torchweld.codegen.ir import (
     AttentionPart,
-    Buffer,
     Kernel,
     MatmulPart,
     Part,
@@ -26,15 +24,18 @@ from torchweld.codegen.ir import (
     part_binds,
     part_terms,
 )
-from torchweld.codegen.triton_attention import attend_of, print_attention
+from torchweld.codegen.triton_attention import ATTENTION_NAMES, print_attention
 from torchweld.codegen.triton_folds import FoldPrinter
 from torchweld.codegen.triton_frame import Frame
+from torchweld.codegen.triton_heads import attend_of
+from torchweld.codegen.triton_launcher import launcher_text, program_count
 from torchweld.codegen.triton_matmul import contract_of, dot_dtype, print_matmul
 from torchweld.codegen.triton_rows import print_rows
-from torchweld.codegen.triton_schedule import gpu_schedule, width
-from torchweld.codegen.triton_text import POINTER_NAMES, Names, Value, index_text
+from torchweld.codegen.triton_schedule import gpu_schedule
+from torchweld.codegen.triton_splits import SPLIT_NAMES, SplitArguments
+from torchweld.codegen.triton_text import POINTER_NAMES, Names
 from torchweld.codegen.triton_writer import Writer
-from torchweld.graph.terms import Expr, Load, walk
+from torchweld.graph.terms import Load, walk
 
 _INDENT = "    "
 _RESERVED = (
@@ -63,6 +64,10 @@ _RESERVED = (
     "programs",
     "aten",
     "main",
+    "split_count",
+    "scratch",
+    *ATTENTION_NAMES,
+    *SPLIT_NAMES,
 )
 
 
@@ -70,7 +75,8 @@ _RESERVED = (
 class TritonKernel:
     """A printed kernel.
 
-    entry      the name of the kernel function; its arguments are buffers, sizes, then `DOT_DTYPE` if there is one
+    entry      the name of the kernel function; its arguments are buffers, sizes, what split keys need (triton_splits),
+               then `DOT_DTYPE` if there is one
     source     helpers and functions; needs `import triton` and `import triton.language as tl` before it
     launcher   host functions program_count, allocate, run and `launch(inputs..., sizes...) -> outputs`; needs torch
     signature  Triton's type of every argument but `DOT_DTYPE`
@@ -93,7 +99,7 @@ def print_kernel(kernel: Kernel) -> str:
 
 def build_triton(kernel: Kernel, shrink: int = 0) -> TritonKernel:
     """Everything that is known of a printed kernel; `shrink` asks for smaller tiles (see gpu_schedule)."""
-    schedules = [gpu_schedule(part, shrink) for part in kernel.parts]
+    schedules = _schedules(kernel, shrink)
     helpers: dict[str, None] = {}
     names = Names({*_RESERVED, *helper_sources(), *kernel.sizes})
     # `run` has the buffers as parameters: a kernel of the same name would be hidden by them.
@@ -103,32 +109,50 @@ def build_triton(kernel: Kernel, shrink: int = 0) -> TritonKernel:
     names.used.add(entry)
     pointers = {b.name: names.fresh(f"{b.name}_ptr") for b in kernel.buffers}
     half = next((d for part in kernel.parts for d in _half_dots(part)), None)
-    head = _arguments(kernel, pointers, half is not None)
-    passed = ", ".join([*pointers.values(), *kernel.sizes, *(["DOT_DTYPE"] if half else [])])
+    splits = None
+    if any(schedule.split_keys for schedule in schedules):
+        splits = SplitArguments(*(names.fresh(name) for name in ("splits", "states_ptr", "arrived_ptr")))
+    head = _arguments(kernel, pointers, splits, half is not None)
+    added = [*(splits.signature if splits else ()), *(["DOT_DTYPE"] if half else [])]
+    passed = ", ".join([*pointers.values(), *kernel.sizes, *added])
     functions, calls = [], []
     for number, (part, schedule) in enumerate(zip(kernel.parts, schedules, strict=True)):
-        body = _part_body(kernel, part, schedule, pointers, Names(set(names.used)), helpers)
+        own = splits if schedule.split_keys else None
+        body = _part_body(kernel, part, schedule, pointers, own, Names(set(names.used)), helpers)
         if len(kernel.parts) == 1:
             functions.append(_function(entry, head, ["pid = tl.program_id(0)", *body], _summary(kernel)))
             continue
         name = names.fresh(f"{kernel.name}_part{number}")
         functions.append(_function(name, f"pid, {head}", body, _part_summary(part)))
-        calls.append((f"{name}(pid - first, {passed})", partial(program_count, part, schedule)))
+        count = partial(program_count, part, schedule, splits=own.splits if own else None)
+        calls.append((f"{name}(pid - first, {passed})", count))
     if len(kernel.parts) != 1:
         functions.append(_function(entry, head, _dispatch(calls), _summary(kernel)))
     texts = [text for name, text in helper_sources().items() if name in _needed(helpers)]
     warps = max((s.warps for s in schedules), default=4)
     stages = max((s.stages for s in schedules), default=1)
     signature = {pointers[b.name]: POINTER_NAMES[b.dtype] for b in kernel.buffers}
-    signature |= dict.fromkeys(kernel.sizes, "i64")
-    launcher = _launcher(kernel, entry, schedules, half, (warps, stages))
+    signature |= dict.fromkeys(kernel.sizes, "i64") | (splits.signature if splits else {})
+    launcher = launcher_text(kernel, entry, schedules, half, (warps, stages))
     source = "\n\n\n".join([*texts, *functions]) + "\n"
     return TritonKernel(entry, source, launcher, signature, warps, stages, half or "")
 
 
-def _arguments(kernel: Kernel, pointers: dict[str, str], has_dot_dtype: bool) -> str:
+def _schedules(kernel: Kernel, shrink: int) -> list[Schedule]:
+    """One schedule per part; only one part may split its keys, since a launch has one set of states and counters."""
+    schedules = [gpu_schedule(part, shrink) for part in kernel.parts]
+    if sum(schedule.split_keys > 0 for schedule in schedules) > 1:
+        schedules = [replace(schedule, split_keys=0) for schedule in schedules]
+    return schedules
+
+
+def _arguments(
+    kernel: Kernel, pointers: dict[str, str], splits: SplitArguments | None, has_dot_dtype: bool
+) -> str:
     sizes = [f"{size}: tl.int64" for size in kernel.sizes]
-    return ", ".join([*pointers.values(), *sizes, *(["DOT_DTYPE: tl.constexpr"] if has_dot_dtype else [])])
+    shared = [f"{splits.splits}: tl.int64", splits.states, splits.arrived] if splits else []
+    dot = ["DOT_DTYPE: tl.constexpr"] if has_dot_dtype else []
+    return ", ".join([*pointers.values(), *sizes, *shared, *dot])
 
 
 def _part_body(
@@ -136,6 +160,7 @@ def _part_body(
     part: Part,
     schedule: Schedule,
     pointers: dict[str, str],
+    splits: SplitArguments | None,
     names: Names,
     helpers: dict[str, None],
 ) -> list[str]:
@@ -149,7 +174,7 @@ def _part_body(
         case MatmulPart():
             print_matmul(printer, part, schedule)
         case AttentionPart():
-            print_attention(printer, part, schedule)
+            print_attention(printer, part, schedule, splits)
     return writer.lines
 
 
@@ -171,95 +196,6 @@ def _dispatch(calls: Sequence[tuple[str, Callable[[str], str]]]) -> list[str]:
         if number < len(calls) - 1:
             lines.append("first += programs")
     return lines
-
-
-def program_count(part: Part, schedule: Schedule, divide: str) -> str:
-    """The number of programs of a part as text; `divide` is the name of the division that rounds up."""
-    factors: list[tuple[Expr, int]]
-    match part:
-        case RowPart():
-            factors = [(width(part.grid), schedule.block_rows)]
-        case MatmulPart():
-            tiles = (part.n.extent, schedule.block_n)
-            factors = [(width(part.batch), 1), (width(part.rows), schedule.block_rows), tiles]
-        case AttentionPart():
-            factors = [(width(part.batch), 1), (part.t.extent, schedule.block_rows)]
-    known = prod(-(-int(extent) // block) for extent, block in factors if extent.is_Integer)
-    texts = [_blocks(extent, block, divide) for extent, block in factors if not extent.is_Integer]
-    return " * ".join(texts + [str(known)] * (known != 1 or not texts))
-
-
-def _blocks(extent: Expr, block: int, divide: str) -> str:
-    text = _size_text(extent)
-    return text if block == 1 else f"{divide}({text}, {block})"
-
-
-def _size_text(expr: Expr) -> str:
-    return index_text(expr, lambda symbol: Value(str(symbol))).text
-
-
-def _launcher(
-    kernel: Kernel, entry: str, schedules: list[Schedule], half: str | None, options: tuple[int, int]
-) -> str:
-    """Host functions: allocate the outputs, count the programs, run the kernel; `launch` does all three."""
-    inputs = [b.name for b in kernel.buffers if b.role != "output"]
-    outputs = [b for b in kernel.buffers if b.role == "output"]
-    counts = [program_count(p, s, "triton.cdiv") for p, s in zip(kernel.parts, schedules, strict=True)]
-    arguments = [*(b.name for b in kernel.buffers), *kernel.sizes]
-    passed = [*arguments, f"num_warps={options[0]}", f"num_stages={options[1]}"]
-    dot = []
-    if half is not None:
-        passed.append("DOT_DTYPE=dot_dtype")
-        dot = [
-            "# Triton's interpreter computes bfloat16 wrongly; float32 holds the same values.",
-            f'dot_dtype = tl.{half} if {kernel.buffers[0].name}.device.type != "cpu" else tl.float32',
-        ]
-    sizes = ", ".join(kernel.sizes)
-    first = f"{inputs[0]}.device" if inputs else '"cuda" if torch.cuda.is_available() else "cpu"'
-    named = ", ".join(f"{name}={name}" for name in kernel.sizes)
-    in_order = [b.name for b in kernel.buffers if b.role != "output"] + [b.name for b in outputs]
-    if in_order == [b.name for b in kernel.buffers]:
-        buffers = [*inputs, "*outputs"]
-    else:
-        places = {b.name: f"outputs[{n}]" for n, b in enumerate(outputs)}
-        buffers = [places.get(b.name, b.name) for b in kernel.buffers]
-    both = ", ".join([*buffers, *([named] if named else [])])
-    functions = [
-        f"OUTPUTS = {tuple(b.name for b in outputs)!r}",
-        _host_function("program_count", sizes, "How many programs a run takes.", [f"return {' + '.join(counts)}"]),
-        _host_function(
-            "allocate", f"{sizes}{', ' if sizes else ''}device", "Outputs, not yet written.",
-            ["return [", *(f"{_INDENT}{_empty(b)}," for b in outputs), "]"],
-        ),
-        _host_function(
-            "run", ", ".join([*arguments, "programs"]), "Run the first `programs` programs on contiguous tensors.",
-            [*dot, "if programs > 0:", f"{_INDENT}{entry}[(programs,)]({', '.join(passed)})"],
-        ),
-        _host_function(
-            "launch", ", ".join([*inputs, *kernel.sizes]), _launch_summary(kernel),
-            [f"outputs = allocate({sizes}{', ' if sizes else ''}device={first})",
-             f"run({both}, programs=program_count({sizes}))", "return outputs"],
-        ),
-    ]  # fmt: skip
-    return "\n\n\n".join(functions) + "\n"
-
-
-def _launch_summary(kernel: Kernel) -> str:
-    made = ", ".join(b.name for b in kernel.buffers if b.role == "output")
-    updated = ", ".join(b.name for b in kernel.buffers if b.role == "update")
-    parts = [f"compute {made}"] * bool(made) + [f"update {updated} in place"] * bool(updated)
-    return " and ".join(parts).capitalize() + "."
-
-
-def _host_function(name: str, parameters: str, summary: str, body: list[str]) -> str:
-    return "\n".join(
-        [f"def {name}({parameters}):", *(_INDENT + line for line in (f'"""{summary}"""', *body))]
-    )
-
-
-def _empty(buffer: Buffer) -> str:
-    shape = ", ".join(_size_text(extent) for extent in buffer.shape)
-    return f"torch.empty([{shape}], dtype={buffer.dtype}, device=device)"
 
 
 def _half_dots(part: Part) -> list[str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torchweld.codegen.ir import AttentionPart, Schedule
+from torchweld.codegen.ir import Schedule
 from torchweld.codegen.triton_folds import FoldPrinter
 from torchweld.codegen.triton_frame import Dim, Frame, Group
+from torchweld.codegen.triton_heads import HeadGroups, attend_of
 from torchweld.codegen.triton_text import Value
 from torchweld.graph.terms import Attend
 
@@ -33,16 +34,16 @@ class CachedKeys:
     oldest: Value
 
 
-def begin_keys(printer: FoldPrinter, part: AttentionPart, attend: Attend, schedule: Schedule) -> CachedKeys:
+def begin_keys(printer: FoldPrinter, heads: HeadGroups, schedule: Schedule) -> CachedKeys:
     """Print what the loop over the keys needs; the frame is that of the queries."""
+    attend, writer = attend_of(heads.part), printer.writer
     assert attend.past is not None
-    writer = printer.writer
     past = writer.let("past", printer.term(attend.past))
     end = f"{past.operand} + {printer.index(attend.t_extent).operand}"
     front = past.operand
     if attend.path is None:
-        front = f"{past.operand} + query_tile * {schedule.block_rows}"
-        end = f"tl.minimum({end}, {front} + {schedule.block_rows})"
+        front = f"{past.operand} + {heads.first_query(schedule.block_rows)}"
+        end = f"tl.minimum({end}, {heads.end_query(schedule.block_rows, front)})"
         place = printer.index(attend.t)
         query = Value(f"{past.operand} + {place.operand}", place.dims)
     else:
@@ -95,9 +96,12 @@ def slot_frame(
 
 
 def print_positions(
-    printer: FoldPrinter, frame: Frame, attend: Attend, keys: CachedKeys, number: Value, schedule: Schedule
-) -> Value:
-    """The position of every key for every query; beyond all positions where the query does not see the key."""
+    printer: FoldPrinter, frame: Frame, attend: Attend, keys: CachedKeys, number: Value, start: str, schedule: Schedule
+) -> Value:  # fmt: skip
+    """The position of every key for every query; beyond all positions where the query does not see the key.
+
+    start: the first number of the block. Without a tree, a key's number is its position.
+    """
     writer = printer.writer
     dims = frozenset(frame.dims)
     across = writer.let("number", Value(f"{number.text}[None, :]", frozenset({f"{number.text}[None, :]"})))
@@ -111,7 +115,9 @@ def print_positions(
         ancestor = printer.term(attend.path)
         found = f"({ancestor.text} == {row.text}) & ({row.text} >= 0)"
         writer.line(f"{position} = tl.where({found}, {keys.past.operand} + {step}, {position})")
-    writer.block(f"for {step} in range(0, {printer.index(attend.steps.extent).text}):", lines)
+    steps = printer.index(attend.steps.extent).text
+    steps = f"tl.where({start} + {schedule.block_k} > {keys.past.operand}, {steps}, 0)"
+    writer.block(f"for {step} in range(0, {steps}):  # none where no key of the block is new", lines)
     return Value(position, dims)
 
 

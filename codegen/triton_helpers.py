@@ -175,3 +175,15 @@ def min_with_nan(x, axis: tl.constexpr, keep_dims: tl.constexpr):
 def multiply(a, b):
     """The product, as a combination for tl.reduce."""
     return a * b
+
+
+@triton.jit
+def join_states(top, total, mixed, other_top, other_total, other_mixed):
+    """The states of a softmax over two sets of keys as that over both: maximum, sum of weights, weighted values.
+
+    Written with fma, so that no compiler is free to round the products in one place and not in another.
+    """
+    joined = tl.maximum(top, other_top)
+    base = tl.where(joined == float("-inf"), 0.0, joined)
+    kept, added = tl.exp(top - base), tl.exp(other_top - base)
+    return joined, tl.fma(total, kept, other_total * added), tl.fma(mixed, kept, other_mixed * added)

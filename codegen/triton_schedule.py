@@ -13,7 +13,7 @@ from math import prod
 import sympy
 
 from torchweld.codegen.ir import AttentionPart, MatmulPart, Part, RowPart, Schedule, part_terms
-from torchweld.graph.terms import Axis, Expr, Fold, Term
+from torchweld.graph.terms import Attend, Axis, Expr, Fold
 
 MAX_TILE = 4096
 """The widest row that is held as one tile; wider rows are walked in blocks of MAX_TILE / 2."""
@@ -93,9 +93,22 @@ def _row_schedule(part: RowPart, shrink: int) -> Schedule:
 
 def _attention_schedule(part: AttentionPart, shrink: int) -> Schedule:
     attend = next(t for t in part_terms(part) if t is part.attend.term)
-    features = max(power_of_two(int(part.feature.extent)), power_of_two(int(_summed(attend).extent)), 16)
+    if not isinstance(attend, Attend):
+        raise TypeError(f"an AttentionPart binds an Attend, got {type(attend).__name__}")
+    features = max(power_of_two(int(part.feature.extent)), power_of_two(int(attend.d.extent)), 16)
+    if _may_be_few(part, attend):
+        return (_NARROW_SPLIT if features <= 64 else _WIDE_SPLIT)[shrink]
     return (_NARROW_HEADS if features <= 64 else _WIDE_HEADS)[shrink]
 
+
+def _may_be_few(part: AttentionPart, attend: Attend) -> bool:
+    """Whether there may be many keys and few queries: not where a whole text looks at itself."""
+    keys = attend.s.extent
+    return keys != part.t.extent and not (keys.is_Integer and int(keys) <= SPLIT_KEYS)
+
+
+SPLIT_KEYS = 256
+"""Keys per split: 8 key heads at 4096 keys are 128 programs, about one per multiprocessor."""
 
 _NARROW_HEADS = (
     Schedule(block_rows=32, block_k=16, warps=4, stages=1),
@@ -109,13 +122,18 @@ _WIDE_HEADS = (
     Schedule(block_rows=16, block_k=16, warps=4, stages=1),
     Schedule(block_rows=16, block_k=16, warps=16, stages=1),
 )
-
-
-def _summed(term: Term) -> Axis:
-    axis = getattr(term, "d", None)
-    if not isinstance(axis, Axis):
-        raise TypeError(f"an AttentionPart binds an Attend, got {type(term).__name__}")
-    return axis
+_NARROW_SPLIT = (
+    Schedule(block_rows=16, block_k=16, warps=4, stages=1, split_keys=SPLIT_KEYS),
+    Schedule(block_rows=16, block_k=16, warps=8, stages=1, split_keys=SPLIT_KEYS),
+    Schedule(block_rows=16, block_k=32, warps=4, stages=1, split_keys=SPLIT_KEYS),
+    Schedule(block_rows=16, block_k=32, warps=8, stages=1, split_keys=SPLIT_KEYS),
+)
+_WIDE_SPLIT = (
+    Schedule(block_rows=16, block_k=32, warps=8, stages=1, split_keys=SPLIT_KEYS),
+    Schedule(block_rows=16, block_k=16, warps=8, stages=1, split_keys=SPLIT_KEYS),
+    Schedule(block_rows=16, block_k=16, warps=4, stages=1, split_keys=SPLIT_KEYS),
+    Schedule(block_rows=16, block_k=16, warps=16, stages=1, split_keys=SPLIT_KEYS),
+)
 
 
 def padded_features(axis: Axis) -> int:

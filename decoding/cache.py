@@ -85,10 +85,10 @@ class Cache:
         return sum(store.nbytes for store in self._stores.values())
 
     def tensors(self, first: int = 0, last: int | None = None) -> list[Tensor]:
-        """Key and value of every layer for sequences `first` to `last`: [B, heads, C, features], contiguous, no copy;
-        valid until the next `reserve`."""
+        """Key and value, or the one state, of every layer for sequences `first` to `last`: [B, heads, C, features],
+        contiguous, no copy; valid until the next `reserve`."""
         queues = {window: iter(store.buffers) for window, store in self._stores.items()}
-        tensors = [next(queues[_window(state)]) for state in self.states for _ in range(2)]
+        tensors = [next(queues[state.window]) for state in self.states for _ in state.features]
         whole = first == 0 and last in (None, self.batch)
         return tensors if whole else [tensor[first:last] for tensor in tensors]
 
@@ -204,10 +204,10 @@ class Cache:
                 raise CacheError(f"sequence {sequence}: cannot truncate {old} positions to {new}: {reason}")
 
     def _make_stores(self) -> dict[int, SlotStore]:
-        """One store per kind of layer, by window; 0 keeps everything."""
+        """One store per window; 0 keeps everything."""
         stores: dict[int, SlotStore] = {}
-        for window in dict.fromkeys(map(_window, self.states)):
-            states = [state for state in self.states if _window(state) == window]
+        for window in dict.fromkeys(state.window for state in self.states):
+            states = [state for state in self.states if state.window == window]
             stores[window] = (
                 RingStore(states, self.batch, self._device, self.max_length, window=window, spare=self.spare)
                 if window
@@ -219,7 +219,3 @@ class Cache:
 def is_chain(parents: Iterable[int]) -> bool:
     """Does every row hang on the one before it?"""
     return all(parent == row - 1 for row, parent in enumerate(parents))
-
-
-def _window(state: LayerState) -> int:
-    return state.window if state.kind == "window" else 0

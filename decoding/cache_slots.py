@@ -29,7 +29,7 @@ class CacheError(ValueError):
 
 
 class SlotStore(ABC):
-    """Keys and values of the layers of one kind: buffers [B, heads, C, features], a key and a value per layer.
+    """The states of the layers of one kind: buffers [B, heads, C, features], mostly a key and a value per layer.
 
     limit: positions that there will be at most; None for any number.
     """
@@ -45,7 +45,7 @@ class SlotStore(ABC):
         self.buffers = [
             torch.empty(batch, state.heads, 0, features, dtype=state.dtype, device=device)
             for state in self.states
-            for features in (state.key_features, state.value_features)
+            for features in state.features
         ]
 
     @property

@@ -4,59 +4,32 @@ model = CachedModel.from_module(llama)
 logits = model.prefill([[5, 17, 3], [8, 2]])       # [2, V] of the last tokens
 logits = model.step(torch.tensor([[4], [9]]))      # [2, 1, V]; k tokens, or a tree of them, in the same way
 model.truncate(2)                                  # roll back
+
+An encoder-decoder takes its source when a text begins: model.prefill([[0]], input_ids=source).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor, nn
 
 from torchweld.codegen.cache import make_key
 from torchweld.decoding.cache import SPARE_ROWS, Cache, CacheError
-from torchweld.decoding.capture_causal import capture_causal
+from torchweld.decoding.encoder import Encoded, Encoder
 from torchweld.decoding.greedy import DecodingError, next_token
 from torchweld.decoding.step_model import LogitsFor
 from torchweld.decoding.step_request import StepRequest, check_prompts, read_request
+from torchweld.decoding.step_source import NotDecodable, StepSource, derive, normalised
 from torchweld.graph.program import Program
-from torchweld.graph.rewrite import Refusal, run_pass
-from torchweld.graph.sequence import describe_refusal
-from torchweld.optimizer.compile import Compiled, Options, compile_program
-from torchweld.passes import CANONICALIZE, RECOGNIZE
-from torchweld.passes.fill_padding_mask import fill_padding_mask
-from torchweld.passes.rewrite_kv_cache import StepProgram, derive_step, with_tree
+from torchweld.optimizer.compile import Compiled, Options
 
 __all__ = ["CacheError", "CachedModel", "NotDecodable", "derive", "generate_cached", "normalised"]
 
-TYPICAL_PAST = 256
-"""Positions in the cache for which fusions are priced."""
 CHUNK = 512
 """Rows of a sequence that run at once: more would cost memory (activations, larger rings) and gain no speed."""
-
-
-class NotDecodable(ValueError):
-    """No cache can be derived from this program: names the node, its op and its source line, and why."""
-
-    def __init__(self, name: str, refusal: Refusal) -> None:
-        super().__init__(f"{name} does not decode with a cache: {describe_refusal(refusal)}")
-        self.refusal = refusal
-
-
-def normalised(program: Program) -> Program:
-    """A copy of `program` in the spelling that `derive_step` reads; an attention mask over tokens is all ones there."""
-    copy = fill_padding_mask(program).copied()
-    for pass_ in (*CANONICALIZE, *RECOGNIZE):
-        run_pass(copy.graph_module, pass_)
-    return copy
-
-
-def derive(program: Program) -> StepProgram:
-    """The step program of a captured program. Raises NotDecodable."""
-    step = derive_step(normalised(program))
-    if isinstance(step, Refusal):
-        raise NotDecodable(program.name, step)
-    return step
 
 
 class CachedModel:
@@ -65,41 +38,66 @@ class CachedModel:
     It satisfies decoding/step_model.py.  max_length: positions at most; the model's own limit (a position table) holds
     too.  spare: rows that window layers keep beyond their window, for steps of so many rows and rolling them back.
     up_front: take the memory for max_length at every prefill.  The step for trees is compiled at its first use.
+    tokens: the input that is the decoder's text, where a program has several that could be; `encoder` reads the others.
     Raises NotDecodable. Not for several threads at once.
     """
 
     def __init__(
         self,
-        program: Program,
+        program: Program | StepSource,
         *,
         options: Options | None = None,
         max_length: int | None = None,
         spare: int = SPARE_ROWS,
         up_front: bool = False,
+        tokens: str | None = None,
     ) -> None:
-        step = derive(program)
-        self._step, self._options = step, options or Options()
         self._spare, self._up_front = spare, up_front
-        if step.program.fake_inputs[0].dtype != torch.int64:  # type: ignore[attr-defined]
-            raise NotDecodable(
-                program.name, Refusal("the input holds no tokens (int64)", step.program.placeholders[0])
-            )
+        if not isinstance(program, StepSource):
+            captured = program
+            program = StepSource(lambda: captured, options, tokens=tokens)
+        self._source = program
+        step, compiled = self._source.compiled(is_tree=False)
+        self.encoder = None if step.encoder is None else Encoder(step.encoder, self._source.options)
+        self._encoded = Encoded()
+        self._limit = step.limit
         limits = [limit for limit in (max_length, step.limit) if limit is not None]
         self.states = step.states
         self.vocab_size = step.vocabulary
         self.max_length = min(limits, default=None)
         self._tokens = step.token_limit
-        self._steps = {False: self._compile(step)}
+        self._steps = {False: compiled}
         self.cache = self._new_cache(1)
 
     @classmethod
-    def from_module(cls, model: nn.Module, example: Tensor | None = None, **settings: object) -> CachedModel:
-        """Capture `model` (of ids [B, S] -> logits, or a Hugging Face causal language model) and derive its step.
+    def from_module(
+        cls,
+        model: nn.Module,
+        example: Tensor | Mapping[str, Tensor] | None = None,
+        *,
+        options: Options | None = None,
+        tokens: str | None = None,
+        **settings: object,
+    ) -> CachedModel:
+        """Capture `model` (of ids [B, S] -> logits, or a Hugging Face causal language model) and derive its step; of a
+        model of torchweld.models that was compiled before, the step comes from the cache.
 
-        example: int64 [2, 7] ids, say, that the model accepts; made up without it.  settings: those of CachedModel.
+        example: int64 [2, 7] ids, say, that the model accepts, or all inputs of an encoder-decoder by name, of
+        different lengths; made up without it.  tokens, settings: those of CachedModel.
         Raises CaptureError and NotDecodable.
         """
-        return cls(capture_causal(model, example), **settings)  # type: ignore[arg-type]
+        source = StepSource.of_module(model, example, options, tokens=tokens)
+        return cls(source, **settings)  # type: ignore[arg-type]
+
+    def with_cache(
+        self, *, max_length: int | None = None, spare: int = SPARE_ROWS, up_front: bool = False
+    ) -> CachedModel:
+        """The same compiled step with a cache of its own, empty and perhaps of another layout; see the class."""
+        other = copy(self)
+        limits = [limit for limit in (max_length, self._limit) if limit is not None]
+        other.max_length, other._spare, other._up_front = min(limits, default=None), spare, up_front
+        other.cache, other._encoded = other._new_cache(1), Encoded()
+        return other
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -124,22 +122,24 @@ class CachedModel:
     def compiled(self, *, is_tree: bool = False) -> Compiled:
         """The compiled step, with its report."""
         if is_tree not in self._steps:
-            self._steps[is_tree] = self._compile(with_tree(self._step) if is_tree else self._step)
+            _, self._steps[is_tree] = self._source.compiled(is_tree=is_tree)
         return self._steps[is_tree]
 
-    def prefill(self, prompts: Sequence[Sequence[int]] | Tensor) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]] | Tensor, **encoder_inputs: Tensor) -> Tensor:
         """Start over with B prompts of at least one token: logits [B, V] of the last token of each.
 
-        Errors as for `step`; the cache before is kept then.
+        encoder_inputs: the sources of B texts, by the names of the model's inputs; the encoder runs once for them.
+        Without any the sources of the prefill before stay.  Errors as for `step`; what was before is kept then.
         """
         rows = check_prompts(prompts, self._known_tokens())
-        before = self.cache
+        before, encoded_before = self.cache, self._encoded
+        self._encoded = self._encode(encoder_inputs, len(rows))
         self.cache = self._new_cache(len(rows))
         try:
             self.cache.check_room([row.shape[0] for row in rows])
             return torch.cat([self._feed_alone(rows, first, last) for first, last in _runs(rows)])
         except BaseException:
-            self.cache = before
+            self.cache, self._encoded = before, encoded_before
             raise
 
     def step(
@@ -158,6 +158,7 @@ class CachedModel:
         """
         request = read_request(ids, counts, parents, logits_for, self._known_tokens())
         self.cache.check_room(request.counts)
+        self._check_encoded(self._encoded, self.cache.batch)
         if request.rows <= CHUNK or request.parents is not None:
             return self._run(request)
         before = self.cache
@@ -175,6 +176,23 @@ class CachedModel:
     def keep(self, rows: Sequence[int]) -> None:
         """After a step with parents: keep these new rows, a path from the root, as the next positions."""
         self.cache.keep(rows)
+
+    def _encode(self, inputs: Mapping[str, Tensor], batch: int) -> Encoded:
+        """What the steps of `batch` texts read of the encoder."""
+        if inputs and self.encoder is None:
+            raise DecodingError(f"the model reads tokens alone; it has no input {', '.join(inputs)}")
+        if inputs and self.encoder is not None:
+            return self.encoder.run(inputs, batch)
+        self._check_encoded(self._encoded, batch)
+        return self._encoded
+
+    def _check_encoded(self, encoded: Encoded, batch: int) -> None:
+        """DecodingError where the model has an encoder and `encoded` is not of `batch` sources."""
+        if self.encoder is not None and encoded.batch != batch:
+            names = ", ".join(f"{name}=..." for name in self.encoder.inputs)
+            raise DecodingError(
+                f"{batch} texts and {encoded.batch} encoded sources: begin with prefill(prompts, {names})"
+            )
 
     def _known_tokens(self) -> int:
         return self.vocab_size if self._tokens is None else self._tokens
@@ -203,7 +221,8 @@ class CachedModel:
         cache.will_write(rows)
         try:
             tensors = cache.tensors(first, last)
-            logits, *written = compiled(*request.inputs(lengths, self.max_length), *tensors)
+            encoded = self._encoded.part(first, last)
+            logits, *written = compiled(*request.inputs(lengths, self.max_length), *encoded, *tensors)
             for held, result in zip(tensors, written, strict=True):
                 assert isinstance(result, Tensor)
                 if result.data_ptr() != held.data_ptr():  # an eager run gives copies
@@ -214,19 +233,6 @@ class CachedModel:
             cache.settle()
         assert isinstance(logits, Tensor)
         return logits.reshape(len(lengths), -1, self.vocab_size)
-
-    def _compile(self, step: StepProgram) -> Compiled:
-        """Compiled for the call that comes most often: one token behind a past of some length."""
-        examples = []
-        for node in step.program.placeholders:
-            value = node.meta["val"]
-            if value.dim() == 4:
-                # Only the shapes are read: one element stands for the whole past.
-                shape = (1, value.shape[1], TYPICAL_PAST + 1, value.shape[3])
-                examples.append(torch.empty((), dtype=value.dtype).expand(shape))
-            else:
-                examples.append(torch.zeros((1,) * value.dim(), dtype=value.dtype))
-        return compile_program(step.program, options=self._options, example_inputs=tuple(examples))
 
 
 def _runs(rows: list[Tensor]) -> Iterator[tuple[int, int]]:

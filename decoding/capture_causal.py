@@ -3,12 +3,15 @@
     program = capture_causal(hugging_face_model)
     program = capture_causal(my_module, torch.tensor([[3, 1, 4], [1, 5, 9]]))
 
-A Hugging Face model runs without its own cache and without an attention mask, which means that every token counts.
+A Hugging Face model runs without its own cache and without an attention mask, which means that every token counts. An
+encoder-decoder takes the mask of its source like any other input: give it in the example.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +20,54 @@ from torchweld.graph.capture import capture
 from torchweld.graph.capture_errors import CaptureError
 from torchweld.graph.program import Program
 
+DECODER_TOKENS: Final = "decoder_input_ids"
+"""How Hugging Face calls the tokens of a decoder that has an encoder."""
 
-def capture_causal(model: nn.Module, example: Tensor | None = None, *, verify: bool = True) -> Program:
-    """The program of `model` over tokens alone; example: int64 [B, S] ids that it accepts (made up without it).
 
-    verify: as for `capture`.  Raises CaptureError, also for an encoder-decoder.
+def capture_causal(
+    model: nn.Module, example: Tensor | Mapping[str, Tensor] | None = None, *, verify: bool = True
+) -> Program:
+    """The program of `model` over tokens alone, or over the tokens of a decoder and what its encoder reads.
+
+    example: int64 [B, S] ids that it accepts, or its inputs by name, those of a decoder and an encoder of different
+    lengths; made up without it.  verify: as for `capture`.  Raises CaptureError.
     """
-    ids = torch.arange(2 * 7).reshape(2, 7) % 5 if example is None else example
     names = inspect.signature(model.forward).parameters
-    if "decoder_input_ids" in names:
-        raise CaptureError(
-            "the model reads one text and writes another (decoder_input_ids): cross attention has no state rule",
-            type(model).__name__,
-            "a causal language model of one text",
-            "decode it with its own cache",
-        )
-    if "input_ids" not in names:
-        return capture(model, (ids,), verify=verify)
-    keywords: dict[str, object] = {"input_ids": ids}
+    if isinstance(example, Mapping) or DECODER_TOKENS in names:
+        keywords: dict[str, object] = _encoder_decoder_inputs(model, example)
+    elif "input_ids" in names:
+        keywords = {"input_ids": _made_up(7) if example is None else example}
+    else:
+        return capture(model, (_made_up(7) if example is None else example,), verify=verify)
     if "use_cache" in names:
         keywords["use_cache"] = False
     return capture(model, (), keywords, verify=verify)
+
+
+def _encoder_decoder_inputs(
+    model: nn.Module, example: Tensor | Mapping[str, Tensor] | None
+) -> dict[str, object]:
+    """Inputs by name: those that were given, and tokens where none were."""
+    names = inspect.signature(model.forward).parameters
+    if isinstance(example, Mapping):
+        given: dict[str, object] = dict(example)
+    elif example is not None or getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise CaptureError(
+            f"the model reads one thing and writes another ({DECODER_TOKENS})",
+            type(model).__name__,
+            "an example of all its inputs by name",
+            f"pass example={{'{getattr(model, 'main_input_name', 'input_ids')}': ..., '{DECODER_TOKENS}': ...}}",
+        )
+    else:
+        given = {"input_ids": _made_up(9)}
+    if DECODER_TOKENS in names and DECODER_TOKENS not in given:
+        lengths = {
+            value.shape[1] for value in given.values() if isinstance(value, Tensor) and value.dim() > 1
+        }
+        batch = next((value.shape[0] for value in given.values() if isinstance(value, Tensor)), 2)
+        given[DECODER_TOKENS] = _made_up(next(size for size in (7, 6, 5, 4) if size not in lengths), batch)
+    return given
+
+
+def _made_up(length: int, batch: int = 2) -> Tensor:
+    return torch.arange(batch * length).reshape(batch, length) % 5

@@ -29,6 +29,7 @@ from torchweld.decoding.medusa import MedusaHeads, MedusaProposer
 from torchweld.decoding.reference import ReferenceProposer
 from torchweld.decoding.self_draft import self_draft
 from torchweld.decoding.step_model import DecodingError, Proposer, StepModel
+from torchweld.decoding.step_source import StepSource
 from torchweld.graph.program import Program
 from torchweld.models.tokenizer import Tokenizer
 from torchweld.optimizer.compile import Options
@@ -72,18 +73,26 @@ def check_sources(name: str, references: Sequence[object], draft: object, heads:
 
 
 def build_model(
-    name: str, program: Program, options: Options, max_length: int | None = None
+    name: str, program: Program | StepSource, options: Options, max_length: int | None = None
 ) -> CachedModel | HiddenModel:
-    """The model that a strategy decodes with, from a captured program. Raises NotDecodable."""
+    """The model that a strategy decodes with, from a captured program, or a source with these options.
+
+    Raises NotDecodable.
+    """
     if name == "medusa":
-        return HiddenModel.from_program(program, options=options, max_length=max_length)
+        return HiddenModel.from_program(_graph(program), options=options, max_length=max_length)
     return CachedModel(program, options=options, max_length=max_length)
+
+
+def _graph(program: Program | StepSource) -> Program:
+    """The captured program; some strategies cut their own out of it."""
+    return program.program if isinstance(program, StepSource) else program
 
 
 def build_proposer(
     name: str,
     model: StepModel,
-    program: Program,
+    program: Program | StepSource,
     tokenizer: Tokenizer,
     sources: Sources,
     options: Options,
@@ -104,7 +113,7 @@ def build_proposer(
     if name == "draft":
         if sources.draft is None:
             ids = torch.tensor([list(sample)])
-            return self_draft(program, ids, options=options, max_length=model.max_length)
+            return self_draft(_graph(program), ids, options=options, max_length=model.max_length)
         return DraftModel.checked(sources.draft.model, model.vocab_size, tokenizer, sources.draft.tokenizer)
     if name not in ("auto", "lookup"):
         raise DecodingError(f"no strategy {name!r}; expected one of {', '.join(STRATEGIES)}")

@@ -58,9 +58,9 @@ def generate(
     threads: Threads = None,
     eager: Annotated[bool, typer.Option("--eager", help="Run torch's own kernels instead of ours.")] = False,
     cache: Annotated[
-        bool | None,
-        typer.Option("--cache/--recompute", help="Decode with the derived KV cache (from 96 tokens on)."),
-    ] = None,
+        bool,
+        typer.Option("--cache/--recompute", help="Decode with the derived KV cache, or without one."),
+    ] = True,
     json: Json = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print all statistics as a table.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the accepted lengths into this SVG file.")] = None,

@@ -39,7 +39,7 @@ from torchweld.decoding.plot_accepted import plot_accepted
 from torchweld.decoding.recompute import RecomputeModel
 from torchweld.decoding.show_statistics import WIDTH, Readings, print_table, read_statistics, summary, to_json
 from torchweld.decoding.step_model import DecodingError, Proposer, StepModel
-from torchweld.graph.program import Program
+from torchweld.decoding.step_source import StepSource
 from torchweld.models.errors import ModelFileError
 from torchweld.models.load import LoadedModel
 from torchweld.models.tokenizer import Tokenizer
@@ -47,14 +47,11 @@ from torchweld.optimizer.commands.baseline import decoded_model
 from torchweld.optimizer.commands.subject import (
     Subject,
     Wish,
-    capture_subject,
     compile_subject,
     load_subject,
 )
 from torchweld.optimizer.suggest import check_name
 
-LONG_TEXT: Final = 96
-"""New tokens from which deriving and compiling a step pays against recomputing with a stored plan."""
 # Control characters but tab and line feed: a text must not move the cursor or speak to the terminal.
 _UNSAFE: Final = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")
 
@@ -82,8 +79,8 @@ class Sampling:
 class GenerateWish:
     """What the command line asked for.
 
-    references: files. cache: decode with the derived cache, or recompute every position; None lets the number of tokens
-    decide. eager: torch's own kernels, and no cache.
+    references: files. cache: decode with the derived cache, or recompute every position. eager: torch's own kernels,
+    and no cache.
     """
 
     model: str
@@ -99,7 +96,7 @@ class GenerateWish:
     heads: Path | None = None
     threads: int | None = None
     eager: bool = False
-    cache: bool | None = None
+    cache: bool = True
     as_json: bool = False
     table: bool = False
     plot: Path | None = None
@@ -198,25 +195,20 @@ def _build(
     """The model and its proposer; without a cache, with the reason on `error`, where none can be derived."""
     begin = time.perf_counter()
     options = Wish(threads=wish.threads).options()
-    if not _wants_cache(wish):
+    if wish.eager or not wish.cache:
         return _without_cache(subject, tokenizer, wish, sources, begin)
-    program = capture_subject(subject)
+    source = StepSource.of_module(subject.loaded.module, options=options, phase=subject.phase)
     try:
-        with subject.phase("derive the cache of, and compile,"):
-            model = build_model(wish.decode, program, options)
+        model = build_model(wish.decode, source, options)
     except NotDecodable as reason:
         print(f"{reason}; recomputing every position", file=error)
         return _without_cache(subject, tokenizer, wish, sources, begin)
     sources = replace(sources, draft=_load_draft(wish))
     with subject.phase("make guesses ready for"):
-        proposer = build_proposer(wish.decode, model, program, tokenizer, sources, options, ids)
+        proposer = build_proposer(wish.decode, model, source, tokenizer, sources, options, ids)
+    if proposer is not None and proposer.row_counts is not None:
+        model.compiled(is_tree=True)  # else the first pass with a tree would wait for it
     return Decoder(model, proposer, time.perf_counter() - begin)
-
-
-def _wants_cache(wish: GenerateWish) -> bool:
-    if wish.eager or wish.cache is not None:
-        return not wish.eager and bool(wish.cache)
-    return wish.decode != "auto" or bool(wish.references) or wish.max_new_tokens >= LONG_TEXT
 
 
 def _without_cache(
@@ -240,9 +232,9 @@ def _load_draft(wish: GenerateWish) -> Draft | None:
         return None
     subject = load_subject(wish.draft, Wish(threads=wish.threads))
     tokenizer = language_tokenizer(subject.loaded, wish.draft)
-    program: Program = capture_subject(subject)
-    with subject.phase("derive the cache of, and compile, the draft"):
-        return Draft(build_model("draft", program, Wish(threads=wish.threads).options()), tokenizer)
+    options = Wish(threads=wish.threads).options()
+    source = StepSource.of_module(subject.loaded.module, options=options, phase=subject.phase)
+    return Draft(build_model("draft", source, options), tokenizer)
 
 
 def stream_wish(decoder: Decoder, tokenizer: Tokenizer, ids: list[int], wish: GenerateWish) -> Stream:

@@ -17,7 +17,7 @@ from torchweld.decoding.cached import CachedModel, NotDecodable, normalised
 from torchweld.decoding.step_model import DecodingError, Fingerprinted, LogitsFor, StepModel
 from torchweld.graph.program import Program
 from torchweld.graph.rewrite import Refusal
-from torchweld.optimizer.compile import Options
+from torchweld.optimizer.compile import Compiled, Options
 from torchweld.passes.expose_hidden import expose_hidden
 
 
@@ -62,6 +62,14 @@ class HiddenModel:
     def fingerprint(self) -> str | None:
         """See `Fingerprinted`."""
         return self._step.fingerprint if isinstance(self._step, Fingerprinted) else None
+
+    def compiled(self, *, is_tree: bool = False) -> Compiled:
+        """The compiled step underneath, with its report. DecodingError where nothing compiled it."""
+        if not isinstance(self._step, CachedModel):
+            raise DecodingError(
+                f"the step is a {type(self._step).__name__}; expected a CachedModel, which is compiled"
+            )
+        return self._step.compiled(is_tree=is_tree)
 
     @property
     def hidden(self) -> Tensor:

@@ -226,7 +226,7 @@ def _wanted(proposal: Proposal, logits: Tensor) -> Tensor | None:
 
 def _commit(model: StepModel, past: int, proposal: Proposal, verdict: Verdict) -> None:
     """Leave in the cache, behind `past` positions, the pending token and the accepted guesses."""
-    if proposal.parents is not None:
+    if proposal.parents:  # a tree without guesses was a plain step
         model.keep([0, *(guess + 1 for guess in verdict.accepted)])
     elif len(verdict.accepted) < len(proposal.tokens):
         model.truncate(past + 1 + len(verdict.accepted))

@@ -28,6 +28,11 @@ aten = torch.ops.aten
 
 KEPT_META = ("val", "stack_trace", "nn_module_stack")
 WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+LOOPS = ("scan", "associative_scan", "while_loop")
+LOOP_ADVICE = (
+    "a recurrence would need a kernel that loops over the sequence and a state rule for decoding, and has neither: "
+    "a running sum can be torch.cumsum, a memory of a few positions a causal convolution"
+)
 IDENTITIES = (
     aten.detach.default,
     aten.detach_.default,
@@ -289,7 +294,7 @@ class _Builder:
                 f"the control-flow operator {wrapper}",
                 source_line(node),
                 "straight-line tensor code",
-                "compute both branches and select with torch.where",
+                LOOP_ADVICE if wrapper in LOOPS else "compute both branches and select with torch.where",
             )
         body = bodies[0]
         assert isinstance(body, fx.GraphModule)

@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from torchweld.graph.program import find_fake_mode, set_tensor, source_line
+from torchweld.graph.shape_memo import ShapeMemo
 
 INHERITED = ("stack_trace", "nn_module_stack")
 SIZE_OF = torch.ops.aten.sym_size.int
@@ -38,17 +39,18 @@ def insert_node(
     made_by: str,
     like: fx.Node,
     name: str | None = None,
+    memo: ShapeMemo | None = None,
 ) -> fx.Node:
     """Insert a call of `target` (an OpOverload, or an operator on sizes) before `before` and run its shape
     rule.
 
     `args` and `kwargs` hold nodes, constants and (nested) lists of them; sizes that vary must be nodes
     (`size_of`). Raises `EditError` when an argument has no meta, a SymInt stands where a node must, or the
-    shape rule refuses.
+    shape rule refuses.  memo: shape rules that ran in this graph, for whoever writes many nodes.
     """
     keywords = dict(kwargs or {})
     mode = _fake_mode_of(graph, args, keywords)
-    value = _run_shape_rule(mode, target, args, keywords, made_by, like)
+    value = _run_shape_rule(mode, target, args, keywords, made_by, like, memo)
     with graph.inserting_before(before):
         node = graph.create_node("call_function", target, cast(Any, args), cast(Any, keywords), name=name)
     _annotate(node, value, made_by, like)
@@ -173,7 +175,9 @@ def fake_weight(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
     """A FakeTensor with the fixed shape, strides, dtype and device of `tensor`."""
     if isinstance(tensor, FakeTensor):
         return tensor
-    fake: torch.Tensor = mode.from_tensor(tensor.detach(), static_shapes=True)
+    # Making a fake asks for shapes only: nothing that notes reads of values (graph/value_reads.py) need see it.
+    with torch._C.DisableTorchFunction():
+        fake: torch.Tensor = mode.from_tensor(tensor.detach(), static_shapes=True)
     return fake
 
 
@@ -199,6 +203,7 @@ def _run_shape_rule(
     kwargs: Mapping[str, object],
     made_by: str,
     like: fx.Node,
+    memo: ShapeMemo | None = None,
 ) -> object:
     """Run `target` on the metas of its arguments."""
 
@@ -214,6 +219,8 @@ def _run_shape_rule(
     fake_kwargs = fx.node.map_arg(cast(Any, dict(kwargs)), cast(Any, value_of))
     try:
         with torch.no_grad(), _quiet(mode):
+            if memo is not None:
+                return memo.run(target, fake_args, fake_kwargs)
             return target(*fake_args, **fake_kwargs)
     except Exception as problem:
         shown = ", ".join(describe(arg) if isinstance(arg, torch.Tensor) else repr(arg) for arg in fake_args)

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
 
-import networkx as nx
 import torch
 from torch import fx
 
@@ -23,6 +23,14 @@ from torchweld.graph.index import ZERO, evaluate
 from torchweld.graph.meaning import Kind, rule_of
 from torchweld.graph.rewrite import Refusal
 from torchweld.graph.terms import Expr
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+
+def _networkx() -> Any:
+    """Imported at the first graph of groups: a start from the cache has none, and would wait 0.2 s for it."""
+    return import_module("networkx")
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,7 @@ class GroupGraph:
     price: Callable[[Work], float]
     hints: Mapping[str, int]
     groups: dict[int, Group] = field(default_factory=dict)
-    dag: nx.DiGraph = field(default_factory=nx.DiGraph)
+    dag: nx.DiGraph = field(default_factory=lambda: _networkx().DiGraph())
     ancestors: dict[int, int] = field(default_factory=dict)
     descendants: dict[int, int] = field(default_factory=dict)
     owner: dict[fx.Node, int] = field(default_factory=dict)
@@ -231,7 +239,7 @@ class GroupGraph:
 
     def _close(self) -> None:
         """Ancestors and descendants of every group from the edges."""
-        order = list(nx.topological_sort(self.dag))
+        order = list(_networkx().topological_sort(self.dag))
         for group in order:
             bits = 0
             for parent in self.dag.predecessors(group):
@@ -312,7 +320,7 @@ class GroupGraph:
 
     def topological(self) -> list[Group]:
         """Groups in an order in which every group follows what it reads; ties by position in the graph."""
-        order = nx.lexicographical_topological_sort(
+        order = _networkx().lexicographical_topological_sort(
             self.dag, key=lambda g: self.order[self.groups[g].nodes[0]]
         )
         return [self.groups[group] for group in order]

@@ -6,6 +6,7 @@ symbolic sizes: with 0 <= s < S, `(b*S + s) // S` is `b`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,7 @@ class Mod(sympy.Function):  # type: ignore[misc]  # sympy has no stubs
         return ZERO if b == 1 else None
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def is_nonnegative(expr: Expr) -> bool:
     """Proof that `expr`, a polynomial of size symbols that are all at least 1, is at least 0.
 
@@ -129,21 +131,20 @@ class Ranges:
 
     def floordiv(self, a: Expr, b: Expr) -> Expr:
         """`a // b` simplified; a >= 0, b >= 1.  The size b = 0 has no index: nothing ever asks for the result."""
-        if b == 0:
-            return a
-        whole, rest = self._split(a, b)
-        if rest == 0 or self.is_less(rest, b):
-            return whole
-        return sympy.expand(whole) + FloorDiv(rest, b)
+        return self.divmod(a, b)[0]
 
     def mod(self, a: Expr, b: Expr) -> Expr:
         """`a % b` simplified; a >= 0, b >= 1.  The size b = 0 has no index: nothing ever asks for the result."""
+        return self.divmod(a, b)[1]
+
+    def divmod(self, a: Expr, b: Expr) -> tuple[Expr, Expr]:
+        """Both of the above: what costs is the proof that the rest is less than `b`, and they share it."""
         if b == 0:
-            return a
-        _, rest = self._split(a, b)
+            return a, a
+        whole, rest = self._split(a, b)
         if rest == 0 or self.is_less(rest, b):
-            return rest
-        return Mod(rest, b)
+            return whole, rest
+        return sympy.expand(whole) + FloorDiv(rest, b), Mod(rest, b)
 
     def _split(self, a: Expr, b: Expr) -> tuple[Expr, Expr]:
         """a = whole * b + rest, by the terms of the sum that `b` divides."""
@@ -191,11 +192,10 @@ def recombine(expr: Expr) -> Expr:
 def delinearize(offset: Expr, shape: Sequence[Expr], ranges: Ranges) -> tuple[Expr, ...]:
     """The index in a contiguous tensor of `shape` of the row-major `offset`."""
     index: list[Expr] = []
-    for position, size in enumerate(reversed(list(shape))):
-        last = position == len(shape) - 1
-        index.append(offset if last else ranges.mod(offset, size))
-        offset = ranges.floordiv(offset, size)
-    return tuple(reversed(index))
+    for size in reversed(list(shape)[1:]):
+        offset, rest = ranges.divmod(offset, size)
+        index.append(rest)
+    return (offset, *reversed(index)) if len(shape) else ()
 
 
 def reindex_reshape(

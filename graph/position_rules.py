@@ -172,6 +172,17 @@ def _expand(prover: Prover, node: fx.Node, index: Index) -> Value:
     return prover.operand(node.args[0], index)
 
 
+def _repeat(prover: Prover, node: fx.Node, index: Index) -> Value:
+    """New axes in front, and axes of one entry, say the same everywhere."""
+    source: Any = node.args[0]
+    times: Any = node.args[1]
+    shape = shape_of(source)
+    rest = len(times) - len(shape)
+    if any(count != 1 and size != 1 for count, size in zip(times[rest:], shape, strict=True)):
+        raise Unprovable(f"{node.name} says more than one entry again")
+    return prover.operand(source, index[rest:])
+
+
 def _slice(prover: Prover, node: fx.Node, index: Index) -> Value:
     source: Any = node.args[0]
     axis = axis_argument(node, 1, "dim", len(index))
@@ -306,6 +317,7 @@ RULES: dict[Any, Rule] = {
     aten.permute.default: _permute,
     aten.expand.default: _expand,
     aten.clone.default: _expand,
+    aten.repeat.default: _repeat,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index.Tensor: _gather_by_index,

@@ -5,9 +5,9 @@
     found.attentions, found.sources, found.tables, found.limit
 
 Every value is *uniform* (no sequence axis), or *along* one axis on which position t depends on position t of its
-operands alone. Only attention with a proved causal or window mask may look back, and only position sources (what
-an arange or a slice of a table gives) may depend on where t is; both are listed, so that a rewrite can give them a
-past. Any other op is refused with its node: nothing here is inferred from examples.
+operands alone. Only attention with a proved causal or window mask, causal convolutions and cumulative sums may look
+back, and only position sources (what an arange or a slice of a table gives) may depend on where t is; both are listed,
+so that a rewrite can give them a past. Any other op is refused with its node: nothing here is inferred from examples.
 """
 
 from __future__ import annotations
@@ -20,17 +20,25 @@ import sympy
 import torch
 from torch import fx
 
-from torchweld.graph.match import dim_key, is_tensor, shape_of
+from torchweld.graph.match import dim_key, shape_of
 from torchweld.graph.position_rules import make_prover
 from torchweld.graph.positions import BATCH, HEAD, QUERY, Extents, Prover, Unprovable
 from torchweld.graph.program import Program, source_line
 from torchweld.graph.rewrite import Refusal
+from torchweld.graph.sequence_inputs import check_tokens, read_inputs
 
 Expr = Any  # sympy has no stubs
 
 
 class Mixes(Exception):
-    """A position of this node depends on others in a way that has no state rule; the text says how."""
+    """A position of this node depends on others in a way that has no state rule; the text says how.
+
+    node: the one to blame, where it is not the one that is looked at.
+    """
+
+    def __init__(self, reason: str, node: fx.Node | None = None) -> None:
+        super().__init__(reason)
+        self.node = node
 
 
 @dataclass(frozen=True)
@@ -68,12 +76,24 @@ class PositionTable:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A value without tokens: which of its axes counts rows (the position of a query), and which counts keys."""
+
+    node: fx.Node
+    row: int | None
+    key: int | None
+
+
+@dataclass(frozen=True)
 class SequenceAnalysis:
     """What a causal program does with its sequence axis.
 
     tokens: the input with the sequence at axis 1, whose size is `symbol`; axis 0 is the `batch`, which is 1 or varies.
     along: every value with a sequence axis.
-    attentions: in graph order.  key_masks: masks that depend on the key's position alone (ALiBi), by attention.
+    attentions, carried: what looks back, each in graph order; carried are causal convolutions and cumulative sums
+    (graph/sequence_states.py).  key_masks: masks that depend on the key's position alone (ALiBi), by attention.
+    pair_masks: masks of two positions (a bias by distance), each with what it is made of (graph/sequence_pairs.py).
+    crosses: attentions to an encoder, in graph order.  encoded: what they read of it (graph/sequence_encoder.py).
     limit: the positions that tables and capture allow, None for no limit.  token_limit: rows of the smallest table that
     the tokens index, None where they index none.  logits: the output.
     """
@@ -83,12 +103,21 @@ class SequenceAnalysis:
     symbol: Expr
     along: Mapping[fx.Node, Along]
     attentions: tuple[fx.Node, ...]
+    carried: tuple[fx.Node, ...]
     key_masks: Mapping[fx.Node, fx.Node]
     sources: tuple[PositionSource, ...]
     tables: tuple[PositionTable, ...]
     limit: int | None
     token_limit: int | None
     logits: fx.Node
+    pair_masks: Mapping[fx.Node, tuple[Placed, ...]]
+    crosses: tuple[fx.Node, ...]
+    encoded: tuple[fx.Node, ...]
+
+    @property
+    def looking_back(self) -> tuple[fx.Node, ...]:
+        """Attentions and what else carries a state, in graph order."""
+        return tuple(sorted((*self.attentions, *self.carried)))
 
 
 @dataclass
@@ -101,11 +130,19 @@ class Scope:
     prover: Prover
     along: dict[fx.Node, Along] = field(default_factory=dict)
     attentions: list[fx.Node] = field(default_factory=list)
+    carried: list[fx.Node] = field(default_factory=list)
     key_masks: dict[fx.Node, fx.Node] = field(default_factory=dict)
     sources: list[PositionSource] = field(default_factory=list)
     tables: list[PositionTable] = field(default_factory=list)
     limits: list[int] = field(default_factory=list)
     token_limits: list[int] = field(default_factory=list)
+    pair_masks: dict[fx.Node, tuple[Placed, ...]] = field(default_factory=dict)
+    crosses: list[fx.Node] = field(default_factory=list)
+    encoded: dict[fx.Node, None] = field(default_factory=dict)
+    encoder: set[fx.Node] = field(default_factory=set)
+    """Values that depend on other inputs than the tokens, and not on the tokens."""
+    set_aside: dict[fx.Node, Mixes] = field(default_factory=dict)
+    """Values without tokens that mix positions: only the mask of an attention may be made of them."""
 
     def of(self, argument: object) -> Along | None:
         """The sequence axis of an argument; None for uniform values, sizes and literals."""
@@ -155,54 +192,65 @@ class Rule:
 
 
 RuleOf = Callable[[fx.Node], Rule | None]
+NoteEncoder = Callable[[Scope, fx.Node, Along | None], None]
 
 
-def walk_sequence(program: Program, rule_of: RuleOf) -> SequenceAnalysis | Refusal:
-    """Walk `program` with the rule that `rule_of` gives per node; the first node that mixes positions refuses."""
-    tokens = find_tokens(program)
-    if isinstance(tokens, Refusal):
-        return tokens
+def walk_sequence(
+    program: Program, rule_of: RuleOf, note_encoder: NoteEncoder, tokens: fx.Node
+) -> SequenceAnalysis | Refusal:
+    """Walk `program` with the rule that `rule_of` gives per node; the first node that mixes positions refuses.
+
+    tokens: the input that is the sequence; what the others alone decide is an encoder's, which `note_encoder` notes.
+    """
+    others = {node for node in read_inputs(program) if node is not tokens}
+    able = check_tokens(tokens, others)
+    if isinstance(able, Refusal):
+        return able
     batch, symbol = shape_of(tokens)[:2]
     prover = make_prover(program.graph_module, Extents(batch, sympy.Integer(1), symbol, symbol))
-    scope = Scope(program.graph_module, tokens, symbol, prover, {tokens: Along(1, tokens=True)})
+    scope = Scope(
+        program.graph_module, tokens, symbol, prover, {tokens: Along(1, tokens=True)}, encoder=set(others)
+    )
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         try:
             found = _follow(scope, node, rule_of)
+            note_encoder(scope, node, found)
         except Mixes as problem:
-            return _unproved_mask(node) or Refusal(str(problem), node)
+            if _set_aside(scope, node, problem):
+                continue
+            blamed = problem.node or node
+            return _unproved_mask(blamed) or Refusal(str(problem), blamed)
         if found is not None:
             scope.along[node] = found
     logits = _find_logits(program, scope)
     if isinstance(logits, Refusal):
         return logits
-    if not scope.attentions:
-        return Refusal("there is no attention: nothing would be cached", logits)
-    highest = [size.high for size in program.sizes if size.dim == 1 and size.high is not None]
+    if not scope.attentions and not scope.carried:
+        reason = "there is no attention, causal convolution or cumulative sum: nothing would be cached"
+        return Refusal(reason, logits)
+    mine = [size for size in program.sizes if size.dim == 1 and (not others or size.input == tokens.name)]
+    highest = [size.high for size in mine if size.high is not None]
     limit = min([*scope.limits, *highest], default=None)
     return SequenceAnalysis(
-        tokens, batch, symbol, scope.along, tuple(scope.attentions), scope.key_masks, tuple(scope.sources),
-        tuple(scope.tables), limit, min(scope.token_limits, default=None), logits,
+        tokens, batch, symbol, scope.along, tuple(scope.attentions), tuple(scope.carried), scope.key_masks,
+        tuple(scope.sources), tuple(scope.tables), limit, min(scope.token_limits, default=None), logits,
+        scope.pair_masks, tuple(scope.crosses), tuple(scope.encoded),
     )  # fmt: skip
 
 
-def find_tokens(program: Program) -> fx.Node | Refusal:
-    """The one tensor input that the graph reads: [batch, sequence, ...] with a sequence that varies."""
-    read = [node for node in program.placeholders if is_tensor(node) and node.users]
-    if len(read) != 1:
-        names = ", ".join(node.name for node in read) or "none"
-        blamed = read[-1] if read else None
-        return Refusal(f"one tensor input, the tokens, is expected; the graph reads {names}", blamed)
-    shape = shape_of(read[0])
-    if len(shape) < 2 or not isinstance(shape[1], sympy.Symbol):
-        given = ", ".join(map(str, shape))
-        expected = f"the sequence must be axis 1 of {read[0].name} and vary: capture it as dynamic"
-        return Refusal(f"{expected}; its shape is [{given}]", read[0])
-    if not isinstance(shape[0], sympy.Symbol) and shape[0] != 1:
-        reason = f"the batch of {read[0].name} is fixed at {shape[0]}: a step runs all rows as a batch of 1"
-        return Refusal(reason, read[0])
-    return read[0]
+def _set_aside(scope: Scope, node: fx.Node, problem: Mixes) -> bool:
+    """Leave a value without tokens that mixes positions to the attention that reads it, if one does."""
+    if is_attention(node) or any((along := scope.of(s)) and along.tokens for s in node.all_input_nodes):
+        return False
+    scope.set_aside[node] = problem if problem.node is not None else Mixes(str(problem), node)
+    return True
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Is this an attention, recognised by passes/recognize_attention.py?"""
+    return node.target is torch.ops.torchweld.attention.default
 
 
 def _unproved_mask(node: fx.Node) -> Refusal | None:
@@ -242,7 +290,8 @@ def op_name(node: fx.Node) -> str:
 
 def _find_logits(program: Program, scope: Scope) -> fx.Node | Refusal:
     """The one output that follows the tokens; constants such as None may stand beside it."""
-    found = [value for value in program.outputs if isinstance(value, fx.Node)]
+    values = [value for value in program.outputs if isinstance(value, fx.Node)]
+    found = [value for value in values if value not in scope.encoder]
     if len(found) != 1:
         return Refusal(f"one output, the logits, is expected; the graph returns {len(found)}", None)
     along = scope.of(found[0])
@@ -257,7 +306,10 @@ def _follow(scope: Scope, node: fx.Node, rule_of: RuleOf) -> Along | None:
     if not shapes:
         return None  # a size
     length = next((source for source in node.all_input_nodes if _is_length(scope, source)), None)
-    touched = any(scope.of(source) is not None for source in node.all_input_nodes)
+    aside = next(
+        (scope.set_aside[source] for source in node.all_input_nodes if source in scope.set_aside), None
+    )
+    touched = aside is not None or any(scope.of(source) is not None for source in node.all_input_nodes)
     grows = any(scope.follows(size) for shape in shapes for size in shape)
     rule = rule_of(node)
     varies = f"{op_name(node)} takes the sequence length as a number, which changes with every token"
@@ -266,6 +318,8 @@ def _follow(scope: Scope, node: fx.Node, rule_of: RuleOf) -> Along | None:
             raise Mixes(varies)
         return None
     try:
+        if aside is not None and not is_attention(node):
+            raise aside
         if rule is None:
             raise Mixes(f"no rule shows that {op_name(node)} keeps the positions of the sequence apart")
         if length is not None and not rule.sizes:

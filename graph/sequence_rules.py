@@ -1,7 +1,7 @@
 """What every op does to the sequence axis: the rules of `sequence.walk_sequence`.
 
 A rule returns the sequence axis of its result if position t of it depends on position t of the operands alone, and
-raises Mixes otherwise. Attention is the one op that may look back: it is noted as a state.
+raises Mixes otherwise. Attention may look back: it is noted as a state. So may what `sequence_states` has rules for.
 """
 
 from __future__ import annotations
@@ -31,15 +31,27 @@ from torchweld.graph.sequence import (
     op_name,
     walk_sequence,
 )
+from torchweld.graph.sequence_encoder import choose_tokens, cross_attention, is_cross, note_encoder
+from torchweld.graph.sequence_inputs import find_tokens
+from torchweld.graph.sequence_pairs import place_pairs
+from torchweld.graph.sequence_states import STATE_RULES
 
 ATTENTION: Final = torch.ops.torchweld.attention.default
 # Importing these is what registers the ops.
 OPERATOR_FILES: Final = (attention_op.__name__, dequantize_op.__name__, rope_op.__name__)
 
 
-def analyse_sequence(program: Program) -> SequenceAnalysis | Refusal:
-    """What a canonicalised and recognised program does with its sequence axis, or the node that mixes positions."""
-    return walk_sequence(program, rule_of)
+def analyse_sequence(program: Program, tokens: str | None = None) -> SequenceAnalysis | Refusal:
+    """What a canonicalised and recognised program does with its sequence axis, or the node that mixes positions.
+
+    tokens: the input that is the sequence; without it the one for which the analysis succeeds. The others belong to
+    an encoder then, and tokens meet them in cross attention.
+    """
+    found = find_tokens(program, tokens)
+    if isinstance(found, Refusal):
+        return found
+    results = {node: walk_sequence(program, rule_of, note_encoder, node) for node in found}
+    return choose_tokens(results)
 
 
 def rule_of(node: fx.Node) -> Rule | None:
@@ -308,23 +320,40 @@ def _repeat(scope: Scope, node: fx.Node) -> Along | None:
 
 
 def _attention(scope: Scope, node: fx.Node) -> Along:
-    """The one op that may look back: its keys and values become a state."""
+    """It may look back: its keys and values become a state, unless they are an encoder's."""
+    if is_cross(scope, node):
+        return cross_attention(scope, node)
     query, key, value, mask, kind = node.args[:5]
     for name, operand in (("query", query), ("key", key), ("value", value)):
         along = scope.of(operand)
         whole = along is not None and along.axis == 2 and scope.is_whole(operand, 2)  # type: ignore[arg-type]
         if not whole:
             raise Mixes(f"the {name} of this attention is not one row per token (cross attention?)")
+    if kind == "none" and mask in scope.set_aside:
+        raise scope.set_aside[mask]  # type: ignore[index]
     if kind == "none":
         raise Mixes("attention without a causal mask: every token sees later tokens")
     if isinstance(mask, fx.Node):
         _check_mask(scope, node, mask)
+    for sinks in node.args[8:]:
+        if sinks in scope.set_aside:
+            raise scope.set_aside[sinks]  # type: ignore[index]
+        if sinks in scope.encoder:
+            raise Mixes(f"the sinks {sinks} of this attention depend on other inputs than the tokens")
     scope.attentions.append(node)
     return Along(2, tokens=True)
 
 
 def _check_mask(scope: Scope, node: fx.Node, mask: fx.Node) -> None:
-    """On top of the positions a mask may depend on heads, and on the position of the key alone."""
+    """On top of the positions a mask may depend on heads, and on the positions of the query and the key alone."""
+    if mask in scope.set_aside:
+        try:
+            scope.pair_masks[node] = place_pairs(scope, mask)
+        except Mixes:
+            raise scope.set_aside[mask] from None
+        return
+    if mask in scope.encoder:
+        raise Mixes(f"the mask {mask.name} of this attention depends on other inputs than the tokens")
     along = scope.of(mask)
     if along is None:
         return
@@ -352,6 +381,7 @@ def _named(rule: Rule, *names: str) -> dict[Any, Rule]:
 
 RULES: Final[dict[Any, Rule]] = {
     **_named(POINTWISE, "_to_copy", "clone", "alias", "detach", "contiguous", "dropout", "masked_fill"),
+    **dict.fromkeys((aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf), POINTWISE),
     torch.ops.torchweld.rope.default: POINTWISE,
     **_named(UNIFORM, "ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "scalar_tensor"),
     **_named(LIKE, "ones_like", "zeros_like", "full_like"),
@@ -369,7 +399,7 @@ RULES: Final[dict[Any, Rule]] = {
     **_named(Rule(_matmul), "matmul", "mm", "bmm"),
     aten.layer_norm.default: Rule(_norm),
     aten.rms_norm.default: Rule(_norm),
-    **_named(Rule(_keeping(1)), "softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod"),
+    **_named(Rule(_keeping(1)), "softmax", "_softmax", "log_softmax", "_log_softmax", "cumprod"),
     **_named(Rule(_keeping(1)), "logcumsumexp"),
     aten.flip.default: Rule(_keeping(1, "dims")),
     aten.roll.default: Rule(_keeping(2, "dims")),
@@ -385,4 +415,5 @@ RULES: Final[dict[Any, Rule]] = {
     aten.std.correction: Rule(_reduction(keep=3)),
     torch.ops.torchweld.dequantize.default: Rule(_dequantize),
     ATTENTION: Rule(_attention),
+    **STATE_RULES,
 }

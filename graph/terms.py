@@ -154,6 +154,8 @@ class Attend(Term):
     (past + path[t, i]) mod S; path[t, depth] is t, and -1 comes behind it.
 
     share: that many neighbouring heads (the last batch axis) read the same keys and values.
+    sinks: over the batch axes; one more score of every row that sees anything, with the value 0.  It is not scaled,
+    capped or masked.
     """
 
     s: Axis
@@ -172,6 +174,7 @@ class Attend(Term):
     path: Term | None = None
     steps: Axis | None = None
     share: int = 1
+    sinks: Term | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +221,7 @@ def children(term: Term) -> tuple[Term, ...]:
         case Contract():
             return (term.a, term.b)
         case Attend():
-            optional = (term.mask, term.past, term.path)
+            optional = (term.mask, term.past, term.path, term.sinks)
             return (term.q, term.k, term.v, *(operand for operand in optional if operand is not None))
         case _:
             return ()
@@ -308,9 +311,10 @@ def rebuild(
             return Contract(term.dtype, term.k, *new_children)
         case Attend():
             q, k, v, *rest = new_children
-            optional = (term.mask, term.past, term.path)
-            mask, past, path = (None if operand is None else rest.pop(0) for operand in optional)
-            return replace(term, q=q, k=k, v=v, mask=mask, past=past, path=path, t=index(term.t))
+            optional = (term.mask, term.past, term.path, term.sinks)
+            mask, past, path, sinks = (None if operand is None else rest.pop(0) for operand in optional)
+            moved = replace(term, q=q, k=k, v=v, t=index(term.t))
+            return replace(moved, mask=mask, past=past, path=path, sinks=sinks)
         case _:
             return term
 
@@ -371,8 +375,8 @@ def _own_fields(term: Term) -> tuple[object, ...]:
             return (term.k,)
         case Attend():
             positions = (term.mask_kind, term.window, term.t, term.t_extent)
-            operands = (term.mask is None, term.past is None, term.path is None, term.steps, term.share)
-            return (term.s, term.d, term.scale, term.soft_cap, *positions, *operands)
+            given = (term.mask is None, term.past is None, term.path is None, term.sinks is None)
+            return (term.s, term.d, term.scale, term.soft_cap, *positions, *given, term.steps, term.share)
         case _:
             return ()
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 METADATA: Final = frozenset(
     "__get__ __set__ __hash__ __len__ __format__ size dim ndimension numel nelement stride storage_offset data_ptr "
     "element_size is_floating_point is_complex is_contiguous is_signed is_conj is_neg untyped_storage requires_grad_ "
-    "detach contiguous get_device is_tensor has_names names".split()
+    "detach contiguous get_device is_tensor is_inference has_names names".split()
 )
 """Functions that tell nothing about values, or give the same tensor again (which is then noted when it is used)."""
 

@@ -22,9 +22,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class StateRecord:
-    """What one attention keeps (several layers may read one state).
+    """What one attention keeps (several layers may read one state), or a convolution or cumulative sum.
 
-    kind: "causal" keeps every position, "window" the last `window`. bytes_per_token: of one sequence.
+    kind: "causal" keeps every position, all others the last `window`. value_features is 0 where there are no keys and
+    values but rows of key_features alone.  mask_proof: how it is known what is read. bytes_per_token: of one sequence.
     """
 
     layer: int
@@ -51,6 +52,7 @@ class DecodeReport:
     """A derived step, or why there is none (`refusal`: reason, node, op and the user's source line).
 
     kernels_per_layer: launches of the busiest layer in one step. limit: positions that the model allows, None for any.
+    crosses: keys and values of an encoder, kind "cross"; their bytes are those of one position of the source.
     """
 
     model: str
@@ -60,6 +62,7 @@ class DecodeReport:
     fallbacks: tuple[Fallback, ...] = ()
     limit: int | None = None
     refusal: str | None = None
+    crosses: tuple[StateRecord, ...] = ()
 
     @property
     def decodes(self) -> bool:
@@ -74,7 +77,7 @@ class DecodeReport:
     def cache_bytes(self, positions: int) -> int:
         """The least bytes that hold what `positions` positions of one sequence leave visible."""
         return sum(
-            layer.bytes_per_token * (min(positions, layer.window) if layer.kind == "window" else positions)
+            layer.bytes_per_token * (min(positions, layer.window) if layer.window else positions)
             for layer in self.layers
         )
 
@@ -98,12 +101,23 @@ class DecodeReport:
                 "cache",
                 f"{self.bytes_per_token} bytes per token, {_size(self.cache_bytes(positions))} at {positions}",
             ),
+            *self._encoder(),
             ("positions", "no limit" if self.limit is None else f"at most {self.limit}"),
+        )
+
+    def _encoder(self) -> tuple[tuple[str, str], ...]:
+        """What is kept of the encoder, if there is one."""
+        if not self.crosses:
+            return ()
+        size = sum(cross.bytes_per_token for cross in self.crosses)
+        return (
+            ("encoder", f"{len(self.crosses)} cross attentions, {size} bytes per position of the source"),
         )
 
     def tables(self) -> tuple[Table, ...]:
         """The tables that have something to say."""
-        tables = state_table(self.layers), proof_table(self.layers), fallback_table(self.fallbacks)
+        cross = state_table(self.crosses, "Keys and values of the encoder (per position of the source)")
+        tables = state_table(self.layers), cross, proof_table(self.layers), fallback_table(self.fallbacks)
         return tuple(table for table in tables if table.rows)
 
     def to_json(self) -> str:
@@ -119,6 +133,7 @@ class DecodeReport:
             "eager_fallbacks": len(self.fallbacks),
             "bytes_per_token": self.bytes_per_token,
             "layers": [vars(layer) for layer in self.layers],
+            "crosses": [vars(cross) for cross in self.crosses],
             "fallbacks": [vars(fallback) for fallback in self.fallbacks],
         }
         return json.dumps(content, indent=2, allow_nan=False)
@@ -141,7 +156,7 @@ class DecodeReport:
             console.print(table.to_rich())
 
 
-def state_table(layers: Sequence[StateRecord]) -> Table:
+def state_table(layers: Sequence[StateRecord], title: str = "State per layer (of one sequence)") -> Table:
     """One line per kind of state; equal layers stand together."""
     columns = (
         Column("layers", "left", wide=True), Column("state", "left"), Column("heads"), Column("key"), Column("value"),
@@ -154,7 +169,7 @@ def state_table(layers: Sequence[StateRecord]) -> Table:
         )
         for layer, numbers in _alike([replace(layer, mask_proof="") for layer in layers]).items()
     )  # fmt: skip
-    return Table("State per layer (of one sequence)", columns, rows)
+    return Table(title, columns, rows)
 
 
 def proof_table(layers: Sequence[StateRecord]) -> Table:
@@ -162,7 +177,7 @@ def proof_table(layers: Sequence[StateRecord]) -> Table:
     alike: dict[str, list[int]] = {}
     for layer in layers:
         alike.setdefault(layer.mask_proof, []).append(layer.layer)
-    columns = Column("layers", "left", wide=True), Column("how the mask is known", "left", wide=True)
+    columns = Column("layers", "left", wide=True), Column("how it is known what is read", "left", wide=True)
     return Table("Masks", columns, tuple((_ranges(numbers), proof) for proof, numbers in alike.items()))
 
 
@@ -175,6 +190,8 @@ def _alike(layers: Sequence[StateRecord]) -> dict[StateRecord, list[int]]:
 
 
 def _kind(layer: StateRecord) -> str:
+    if layer.kind == "convolution":
+        return f"convolution of {layer.window}"
     return f"window {layer.window}" if layer.kind == "window" else layer.kind
 
 

@@ -38,6 +38,7 @@ from torchweld.optimizer.environment import read_environment
 from torchweld.optimizer.ledger import Ledger, Phase
 from torchweld.optimizer.pipeline import pass_names
 from torchweld.optimizer.report import Report
+from torchweld.passes.rewrite_kv_cache import LayerState
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +50,28 @@ Structure = str | list["Structure"]
 
 
 @dataclass(frozen=True)
+class StepFacts:
+    """What is stored of a step (`optimizer/warm_step.py`): the fields of a StepProgram, and how its program is called.
+
+    inputs: JSON of `nesting` of (args, kwargs).  name, parameters: those of the program.
+    """
+
+    states: tuple[LayerState, ...]
+    limit: int | None
+    vocabulary: int
+    token_limit: int | None
+    is_tree: bool
+    name: str
+    parameters: tuple[str, ...]
+    inputs: str
+
+
+@dataclass(frozen=True)
 class Entry:
     """What is stored: a built plan (see `BuiltPlan`), how outputs are nested, which values decided it, the report.
 
-    outputs: JSON of `_nesting`.  looked_at: names of tensors of the model and the digests of their values.
+    outputs: JSON of `nesting`.  looked_at: names of tensors of the model and the digests of their values.
+    step: None for a model that is compiled as it is.
     """
 
     plan: Plan
@@ -62,6 +81,15 @@ class Entry:
     outputs: str
     looked_at: tuple[tuple[str, str], ...]
     report: Report
+    step: StepFacts | None = None
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What an entry became."""
+
+    compiled: Compiled
+    step: StepFacts | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +111,11 @@ class WarmStart:
 
     def restore(self) -> Compiled | None:
         """The compiled program; None if it is not there, damaged, made for other values, or cannot be built here."""
+        found = self.load()
+        return None if found is None else found.compiled
+
+    def load(self) -> Restored | None:
+        """As `restore`, with what is known of a step."""
         data = self.cache.get_json(self.key)
         if data is None:
             return None
@@ -100,19 +133,20 @@ class WarmStart:
         report = replace(entry.report, phases=phases)
         built = BuiltPlan(entry.plan, entry.step_groups, entry.results, entry.tensor_inputs)
         ledger = Ledger(passes=list(report.passes), phases=list(phases))
-        return Compiled(program, None, built, executable, report, dict(report.sizes), None, ledger)
+        compiled = Compiled(program, None, built, executable, report, dict(report.sizes), None, ledger)
+        return Restored(compiled, entry.step)
 
-    def store(self, compiled: Compiled) -> bool:
+    def store(self, compiled: Compiled, step: StepFacts | None = None) -> bool:
         """Keep a program that was compiled while `reads` was active; whether that was possible."""
         try:
-            data = record_to_json(self._entry(compiled), Entry, SHARED, name_tensors(self.tensors))
+            data = record_to_json(self._entry(compiled, step), Entry, SHARED, name_tensors(self.tensors))
             self.cache.put_json(self.key, data, {"kind": "plan", "name": type(self.model).__name__})
         except (NotStorable, CacheError) as problem:
             log.info("%s will start cold again: %s", type(self.model).__name__, problem)
             return False
         return True
 
-    def _entry(self, compiled: Compiled) -> Entry:
+    def _entry(self, compiled: Compiled, step: StepFacts | None) -> Entry:
         built = compiled.built
         if built is None or compiled.executable is None:
             raise NotStorable("it runs eagerly")
@@ -120,11 +154,12 @@ class WarmStart:
             raise NotStorable(f"the passes looked into more than {MOST_DIGESTED} bytes of weights")
         looked_at = tuple((name, digest_values(self.tensors[name])) for name in sorted(self.reads.names))
         leaves = [None] * compiled.program.out_spec.num_leaves
-        outputs = json.dumps(_nesting(pytree.tree_unflatten(leaves, compiled.program.out_spec)))
+        outputs = json.dumps(nesting(pytree.tree_unflatten(leaves, compiled.program.out_spec)))
         # The writer refuses results that are no plain values.
         results: tuple[tuple[int | None, Plain], ...] = built.results  # type: ignore[assignment]
         report = replace(compiled.report, phases=())
-        return Entry(built.plan, built.step_groups, results, built.tensor_inputs, outputs, looked_at, report)
+        tensor_inputs = built.tensor_inputs
+        return Entry(built.plan, built.step_groups, results, tensor_inputs, outputs, looked_at, report, step)
 
     def _check_values(self, entry: Entry) -> None:
         """Raise DamagedRecord if a value that decided something is another one now."""
@@ -134,19 +169,20 @@ class WarmStart:
 
     def _signature(self, entry: Entry) -> Program:
         """A program that knows how to be called; its graph was not kept and says so when it is run."""
-        try:
-            outputs = pytree.tree_structure(_nested(json.loads(entry.outputs)))
-        except (ValueError, RecursionError) as problem:
-            raise DamagedRecord(f"outputs: {problem}") from problem
+        outputs = _stored_structure(entry.outputs, "outputs")
         if outputs.num_leaves != len(entry.results):
             raise DamagedRecord(f"{len(entry.results)} results for {outputs.num_leaves} outputs")
-        inputs = pytree.tree_structure((self.args, dict(self.kwargs)))
-        names = positional_names(self.model, len(self.args))
+        if entry.step is None:
+            inputs = pytree.tree_structure((self.args, dict(self.kwargs)))
+            name, names = type(self.model).__name__, positional_names(self.model, len(self.args))
+        else:
+            inputs = _stored_structure(entry.step.inputs, "inputs")
+            name, names = entry.step.name, entry.step.parameters
         graph = fx.Graph()
         for number in range(inputs.num_leaves):
             graph.placeholder(f"input_{number}")
         graph.output((graph.call_function(_refuse_to_run),))
-        return Program(fx.GraphModule(nn.Module(), graph), inputs, outputs, type(self.model).__name__, names)
+        return Program(fx.GraphModule(nn.Module(), graph), inputs, outputs, name, names)
 
 
 def find_warm_start(
@@ -155,8 +191,12 @@ def find_warm_start(
     kwargs: Mapping[str, object],
     options: Options,
     dynamic: bool | Mapping[str, Collection[int]],
+    more: tuple[object, ...] = (),
 ) -> WarmStart | None:
-    """Where to look for, and to keep, the plan of `model(*args, **kwargs)`; None where there can be no warm start."""
+    """Where to look for, and to keep, the plan of `model(*args, **kwargs)`; None where there can be no warm start.
+
+    more: what else the plan follows from, as plain values.
+    """
     environment = read_environment(pass_names())
     watched = options.after_pass is not None or environment.dump is not None or environment.verify
     if not options.warm or watched or options.lossy or not isinstance(model, nn.Module):
@@ -167,7 +207,7 @@ def find_warm_start(
     target = options.target or measured_target(cache)
     # Threads decide measured choices, and whether the compiled program was faster than torch.
     threads = (options.threads, torch.get_num_threads())
-    facts = (options.guide, threads, options.skip | environment.skip, fuel, target, dynamic)
+    facts = (options.guide, threads, options.skip | environment.skip, fuel, target, dynamic, more)
     digest = fingerprint(model, args, kwargs, facts)
     if digest is None:
         return None
@@ -184,22 +224,30 @@ def _refuse_to_run() -> None:
     )
 
 
-def _nesting(value: object) -> Structure:
+def nesting(value: object) -> Structure:
     """How a value is nested: "leaf", ["tuple" or "list", parts ...], ["dict", key, part, key, part ...]."""
     if value is None:
         return "leaf"
     if type(value) in (tuple, list):
         assert isinstance(value, (tuple, list))
-        return [type(value).__name__, *map(_nesting, value)]
+        return [type(value).__name__, *map(nesting, value)]
     if type(value) is dict and all(type(key) is str for key in value):
-        return ["dict", *(part for key, inner in value.items() for part in (key, _nesting(inner)))]
+        return ["dict", *(part for key, inner in value.items() for part in (key, nesting(inner)))]
     raise NotStorable(
-        f"the model returns a {type(value).__name__}; only tuples, lists and dicts by name are stored"
+        f"a {type(value).__name__} among inputs or outputs; only tuples, lists and dicts by name are stored"
     )
 
 
+def _stored_structure(text: str, what: str) -> pytree.TreeSpec:
+    """The structure whose nesting was stored. Raises DamagedRecord."""
+    try:
+        return pytree.tree_structure(_nested(json.loads(text)))
+    except (ValueError, RecursionError) as problem:
+        raise DamagedRecord(f"{what}: {problem}") from problem
+
+
 def _nested(structure: object) -> object:
-    """The inverse of `_nesting`; ValueError for anything else."""
+    """The inverse of `nesting`; ValueError for anything else."""
     if structure == "leaf":
         return None
     if isinstance(structure, list) and structure and structure[0] in ("tuple", "list"):

@@ -23,6 +23,7 @@ from torchweld.passes import (
     fuse_output,
     fuse_vertical,
     recognize_attention,
+    recognize_convolution,
     recognize_layer_norm,
     recognize_rms_norm,
     recognize_rope,
@@ -68,6 +69,7 @@ RECOGNIZE: Final[tuple[Pass[Any], ...]] = (
     recognize_rope,
     # After rope and norms: nothing in an attention needs them, but what it leaves dead is less.
     recognize_attention,
+    recognize_convolution,
     # Attention leaves permutes of permutes, reshapes back and forth, and masks that nothing reads.
     canonicalize_views,
     canonicalize_identities,

@@ -163,7 +163,7 @@ def _hidden(number: Any, factor: float, node: fx.Node) -> float:
 def _leads_to_softmax(node: fx.Node) -> bool:
     """Is the only use of `node` a softmax, through what may stand between it and the scores?"""
     user = only_user(node)
-    while user is not None and is_call(user, *PASSED, aten.add.Tensor):
+    while user is not None and is_call(user, *PASSED, aten.add.Tensor, aten.cat.default):
         user = only_user(user)
     return is_call(user, aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 

@@ -9,7 +9,8 @@ legal:   a lossy rewrite, asked for by name: exact where the heads of a group ar
 source:  Ainslie et al., GQA: training generalized multi-query transformer models from multi-head checkpoints (2023)
 
 Heads that are alike come into one group: query heads then change places, in the rows of their projection and in the
-columns of the linear behind the attention. Where that linear is not found, neighbours form the groups.
+columns of the linear behind the attention. Where that linear is not found, or a mask or sinks have numbers for each
+head, neighbours form the groups.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from torchweld.graph.edit import insert_node, insert_weight
-from torchweld.graph.match import constant_tensor, is_call, shape_of
+from torchweld.graph.match import constant_tensor, is_call, rank_of, shape_of
 from torchweld.graph.ops import attention as attention_op
 from torchweld.graph.rewrite import Exactness, Refusal, walk
 from torchweld.passes.match_projections import Projection, match_output, match_projection
@@ -78,11 +79,12 @@ class ConvertAttentionHeads:
         assert isinstance(key, Projection) and isinstance(value, Projection)
         heads = int(shape_of(key.split)[2])
         order = list(range(heads))
-        if isinstance(site.query, Projection) and isinstance(site.output, fx.Node):
+        query, output = site.query, site.output
+        if isinstance(query, Projection) and isinstance(output, fx.Node) and not _has_numbers_per_head(node):
             order = group_alike(
                 [_heads(graph_module, part.weight, heads) for part in (key, value)], self.key_heads
             )
-            self._reorder(graph_module, site.query, site.output, order)
+            self._reorder(graph_module, query, output, order)
         for place, projection in ((1, key), (2, value)):
             linear = self._with_weights(
                 graph_module, projection, lambda tensor: pool_heads(tensor, order, self.key_heads)
@@ -127,6 +129,13 @@ class ConvertAttentionHeads:
         return insert_node(
             before.graph, before, operand.target, args, operand.kwargs, made_by=self.NAME, like=operand
         )
+
+
+def _has_numbers_per_head(attention: fx.Node) -> bool:
+    """Must the query heads stay where they are, because sinks or a mask (ALiBi) are counted by them?"""
+    mask: Any = attention.args[3]
+    per_head = mask is not None and rank_of(mask) > 2 and shape_of(mask)[-3] != 1
+    return per_head or len(attention.args) > 8
 
 
 def group_alike(weights: list[Tensor], groups: int) -> list[int]:

@@ -3,7 +3,8 @@
 before:  f(ids[B, S], attention_mask[B, S])       visible = causal & (attention_mask != 0)
 after:   f(ids[B, S])                             visible = causal & (ones != 0)
 why:     a step is derived from tokens alone; what the mask then comes to is proved, not assumed
-legal:   the input is called attention_mask, holds integers or truth values, and is as large as the tokens
+legal:   the input is called attention_mask, holds integers or truth values, and is as large as the tokens; with tokens
+         of another length too it may be the mask of an encoder's source, and stays
 source:  the convention of Hugging Face: 1 for tokens, 0 for padding
 
 This is no pass over a fixed meaning: it chooses the value of an input. It is right for sequences without padding, and
@@ -48,11 +49,20 @@ def _find_mask(program: Program) -> fx.Node | None:
         if node.name != MASK or not is_tensor(node) or not node.users:
             continue
         kind = tensor_of(node).dtype
+        if any(_is_other_text(other, node) for other in program.placeholders):
+            continue
         if kind in (torch.int64, torch.int32, torch.bool) and any(
             _may_be_tokens(other, node) for other in program.placeholders
         ):
             return node
     return None
+
+
+def _is_other_text(node: fx.Node, mask: fx.Node) -> bool:
+    """Are these tokens of another length?"""
+    if not is_tensor(node) or not node.users or tensor_of(node).dtype != torch.int64:
+        return False
+    return len(shape_of(node)) == 2 and shape_of(node) != shape_of(mask)
 
 
 def _may_be_tokens(node: fx.Node, mask: fx.Node) -> bool:

@@ -25,6 +25,7 @@ from torchweld.graph.match import (
 )
 from torchweld.graph.rewrite import Refusal
 from torchweld.passes.match_heads import Operand, check_heads, key_operand, merge_groups, without_repeats
+from torchweld.passes.match_sinks import Sinks, check_cut, read_sinks
 
 NEVER_A_SCORE: Final = -1e9
 """What sources write for "hidden" where they do not write -inf. Beside a visible score above -1e9 + 104 its
@@ -71,6 +72,7 @@ class Attention:
     masks: tuple[Mask, ...]
     causal: bool = False
     top_left: bool = False
+    sinks: Sinks | None = None
 
 
 def match_sdpa(graph_module: fx.GraphModule, node: fx.Node) -> Attention | Refusal:
@@ -106,25 +108,13 @@ def match_sdpa(graph_module: fx.GraphModule, node: fx.Node) -> Attention | Refus
 
 
 def weights_of(product: fx.Node) -> fx.Node | None:
-    """The softmax whose result the left operand of `product` is, through casts and merged heads."""
+    """The softmax whose result the left operand of `product` is, through casts, merged heads and cuts."""
     node: Any = product.args[0]
-    while is_call(node, aten._to_copy.default, aten.reshape.default):
+    while is_call(node, aten._to_copy.default, aten.reshape.default, aten.slice.Tensor):
         node = node.args[0]
     return (
         node if is_call(node, aten.softmax.int, aten._softmax.default, aten._safe_softmax.default) else None
     )
-
-
-def cut_weights_of(product: fx.Node) -> fx.Node | None:
-    """The slice that leaves out weights between a softmax and `product`, as models with attention sinks do."""
-    node: Any = product.args[0]
-    while is_call(node, aten._to_copy.default, aten.reshape.default, aten.slice.Tensor):
-        if is_call(node, aten.slice.Tensor) and is_call(
-            node.args[0], aten.softmax.int, aten._softmax.default
-        ):
-            return node if isinstance(node, fx.Node) else None
-        node = node.args[0]
-    return None
 
 
 def match_naive(graph_module: fx.GraphModule, product: fx.Node) -> Attention | Refusal:
@@ -132,12 +122,14 @@ def match_naive(graph_module: fx.GraphModule, product: fx.Node) -> Attention | R
     softmax = weights_of(product)
     value = product.args[1]
     assert softmax is not None and isinstance(value, fx.Node)
-    refusal = _check_weights(product, softmax, value)
-    if refusal is not None:
-        return refusal
+    cut = _check_weights(product, softmax, value)
+    if isinstance(cut, Refusal):
+        return cut
     scores: Any = softmax.args[0]
     walked = _Walk(graph_module)
     refusal = walked.descend(scores)
+    if refusal is None and walked.product is not None:
+        refusal = check_cut(cut, walked.product, walked.sinks)
     if refusal is not None:
         return refusal
     assert walked.product is not None
@@ -155,25 +147,30 @@ def match_naive(graph_module: fx.GraphModule, product: fx.Node) -> Attention | R
         if refusal is not None:
             return refusal
         operands = operands[0], *without_repeats(*operands[1:])
-    return Attention(*operands, walked.shape, walked.scale * factor, walked.soft_cap, tuple(walked.masks))
+    scale, masks = walked.scale * factor, tuple(walked.masks)
+    return Attention(*operands, walked.shape, scale, walked.soft_cap, masks, sinks=walked.sinks)
 
 
-def _check_weights(product: fx.Node, softmax: fx.Node, value: fx.Node) -> Refusal | None:
-    """Clauses on the softmax and what multiplies it."""
+def _check_weights(product: fx.Node, softmax: fx.Node, value: fx.Node) -> fx.Node | Refusal | None:
+    """Clauses on the softmax and what multiplies it; the one slice between them, if there is one."""
     if argument(softmax, 1, "dim") not in (-1, rank_of(softmax) - 1):
         return Refusal("the softmax is not over the keys", softmax)
-    node = softmax
+    node, cut = softmax, None
     while node is not product:
         if len(node.users) != 1:
             return Refusal("the attention weights are used elsewhere", softmax)
         following = next(iter(node.users))
         if is_call(following, aten.reshape.default) and shape_of(following)[-2:] != shape_of(node)[-2:]:
             return Refusal("the attention weights are reshaped beyond batch and heads", following)
+        if is_call(following, aten.slice.Tensor):
+            if cut is not None:
+                return Refusal("the attention weights are cut twice", following)
+            cut = following
         node = following
     left: Any = product.args[0]
     if rank_of(value) not in (3, 4, 5) or rank_of(value) != rank_of(left):
         return Refusal(NO_HEADS, product)
-    return None
+    return cut
 
 
 def _key(graph_module: fx.GraphModule, right: fx.Node) -> tuple[Operand, float]:
@@ -204,6 +201,7 @@ class _Walk:
     scale: float = 1.0
     soft_cap: float = 0.0
     masks: list[Mask] = field(default_factory=list)
+    sinks: Sinks | None = None
     shape: tuple[Any, Any, Any, Any] = (1, 1, 1, 1)
     product: fx.Node | None = None
 
@@ -248,6 +246,8 @@ class _Walk:
         scaled = _times_number(self.graph_module, node)
         if scaled is not None:
             return self._scale(node, *scaled)
+        if is_call(node, aten.cat.default):
+            return self._sinks(node)
         if is_call(node, aten.add.Tensor, aten.where.ScalarOther, aten.where.ScalarSelf):
             return self._mask(node)
         return Refusal(f"{node.target} stands between the scores and the softmax", node)
@@ -265,6 +265,15 @@ class _Walk:
         self.scale = factor
         inner = below.args[0]
         return inner if isinstance(inner, fx.Node) else Refusal("the soft cap has no source", node)
+
+    def _sinks(self, node: fx.Node) -> fx.Node | Refusal:
+        found = read_sinks(node)
+        if isinstance(found, Refusal):
+            return found
+        if self.masks or self.soft_cap or self.scale != 1.0 or self.sinks is not None:
+            return Refusal("a sink stands before the scale, the soft cap, a mask or another sink", node)
+        scores, self.sinks = found
+        return scores
 
     def _mask(self, node: fx.Node) -> fx.Node | Refusal:
         found = self._read_mask(node)

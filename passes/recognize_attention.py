@@ -2,11 +2,12 @@
 
 before:  softmax(scale * q @ k^T [soft cap] + masks) @ v in any order that HF models write;
          scaled_dot_product_attention; keys and values repeated per group of query heads
-after:   torchweld::attention(q, k, v, mask, mask_kind, window, scale, soft_cap) on unrepeated keys and values
+after:   torchweld::attention(q, k, v, mask, mask_kind, window, scale, soft_cap, sinks) on unrepeated keys and
+         values
 why:     the scores never reach memory, masks by position are computed in registers, and a KV cache can be
          derived
 legal:   the weights are used once and not trained with dropout; the softmax is over the keys; nothing
-         stands between the parts but scale, soft cap, masks, casts and merged heads; a mask kind needs a
+         stands between the parts but scale, soft cap, masks, sinks, casts and merged heads; a mask kind needs a
          proof over all sizes (see prove_mask), every other mask stays a tensor
 source:  Dao et al., FlashAttention (2022); Ainslie et al., GQA (2023)
 """
@@ -27,7 +28,7 @@ from torchweld.graph.position_rules import make_prover
 from torchweld.graph.positions import Extents
 from torchweld.graph.rewrite import Exactness, Refusal, Spelling, build, walk
 from torchweld.passes.canonicalize_views import read_size, read_sizes
-from torchweld.passes.match_attention import Attention, cut_weights_of, match_naive, match_sdpa, weights_of
+from torchweld.passes.match_attention import Attention, match_naive, match_sdpa, weights_of
 from torchweld.passes.match_heads import Operand
 from torchweld.passes.prove_mask import Verdict, prove_mask
 
@@ -59,8 +60,6 @@ def find(graph_module: fx.GraphModule) -> Iterator[AttentionSite]:
             yield AttentionSite(node, match_sdpa(graph_module, node))
         elif is_call(node, aten.matmul.default) and weights_of(node) is not None:
             yield AttentionSite(node, match_naive(graph_module, node))
-        elif is_call(node, aten.matmul.default) and (cut := cut_weights_of(node)) is not None:
-            yield AttentionSite(node, Refusal("a part of the weights is cut off (attention sinks?)", cut))
 
 
 def check(graph_module: fx.GraphModule, site: AttentionSite) -> Refusal | None:
@@ -97,9 +96,9 @@ def rewrite(graph_module: fx.GraphModule, site: AttentionSite) -> None:
         for node in (found.query, found.key, found.value)
     )
     mask = _mask_tensor(graph_module, site.anchor, found, verdict)
-    call = Spelling(
-        ATTENTION, (query, key, value, mask, verdict.kind, verdict.window, found.scale, found.soft_cap)
-    )
+    sinks = () if found.sinks is None else (_flat_sinks(found.sinks.node),)
+    options = (verdict.kind, verdict.window, found.scale, found.soft_cap, *sinks)
+    call = Spelling(ATTENTION, (query, key, value, mask, *options))
     node = build(graph_module.graph, call, site.anchor, NAME)
     node.meta["mask_name"] = "tensor" if found.top_left else verdict.name
     node.meta["mask_proof"] = TOP_LEFT if found.top_left else verdict.proof
@@ -107,6 +106,11 @@ def rewrite(graph_module: fx.GraphModule, site: AttentionSite) -> None:
         sizes = read_sizes(graph_module, site.anchor, list(shape_of(site.anchor)))
         node = build(graph_module.graph, Spelling(aten.reshape.default, (node, sizes)), site.anchor, NAME)
     replace(site.anchor, node)
+
+
+def _flat_sinks(node: fx.Node) -> fx.Node | Spelling:
+    """The sinks as one axis."""
+    return node if rank_of(node) == 1 else Spelling(aten.reshape.default, (node, [-1]))
 
 
 def _as_heads(graph_module: fx.GraphModule, anchor: fx.Node, operand: Operand, found: Attention) -> Any:

@@ -6,7 +6,8 @@ after:   logits, caches = f(ids[B, T], past[B], positions[B, T], rows[R], caches
              cached_attention(q, keys, values, past, path, mask, "causal")
 why:     a token then costs one row of every matmul instead of S rows
 legal:   position t of every value depends on position t alone (graph/sequence_rules.py), but for attention with a
-         mask proved causal or window; positions are lines of arange, tables are sliced from their start
+         mask proved causal or window, and causal convolutions and cumulative sums (step_states.py); positions are
+         lines of arange, tables are sliced from their start
 source:  TensorRT-LLM AutoDeploy, insert_cached_attention; the proof in place of its pattern list is ours
 
 The same proof lets the rows of all sequences lie behind each other in a batch of one (`step_copy`):
@@ -16,6 +17,7 @@ positions become an input, sequences need not be equally long, and only around a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -31,8 +33,12 @@ from torchweld.graph.program import Program, SizeRange
 from torchweld.graph.rewrite import Exactness, Refusal
 from torchweld.graph.sequence import SequenceAnalysis
 from torchweld.graph.sequence_rules import analyse_sequence
+from torchweld.passes.split_encoder import split_encoder
 from torchweld.passes.step_copy import NAME, Stand, StepCopier
+from torchweld.passes.step_cross import CrossWriter, add_encoded_inputs
 from torchweld.passes.step_inputs import CacheShape, StepInputs, add_path_input, add_step_inputs
+from torchweld.passes.step_pairs import PairWriter
+from torchweld.passes.step_states import CACHED_CUMSUM, CACHED_ROWS, CarriedWriter, describe_carried
 
 __all__ = ["EXACTNESS", "NAME", "LayerState", "StepProgram", "derive_step", "with_tree"]
 
@@ -40,6 +46,7 @@ EXACTNESS: Exactness = "reassoc"
 HEADS_TO_ROWS: Final = [0, 2, 1, 3]  # [B, H, T, D] <-> [B, T, H, D]
 APPEND: Final = torch.ops.torchweld.append_rows.default
 CACHED_ATTENTION: Final = torch.ops.torchweld.cached_attention.default
+PATH_ARGUMENT: Final = {CACHED_ATTENTION: 4, CACHED_ROWS: 3, CACHED_CUMSUM: 3}
 # Importing it is what registers the ops.
 OPERATOR_FILES: Final = (cached_attention_op.__name__,)
 
@@ -49,9 +56,11 @@ class LayerState:
     """What one attention keeps: keys [B, heads, C, key_features] and values [B, heads, C, value_features].
 
     kind "causal" keeps every position (window 0), "window" the last `window`; `mask_proof`: how the mask was proved.
+    kind "convolution" and "cumulative sum" keep rows [B, 1, C, key_features] alone (value_features 0), the last
+    `window` of them.  node: the name of the op in the source program.
     """
 
-    attention: str
+    node: str
     kind: str
     window: int
     heads: int
@@ -59,6 +68,11 @@ class LayerState:
     value_features: int
     dtype: torch.dtype
     mask_proof: str
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The last axis of every cache that it needs."""
+        return (self.key_features, self.value_features) if self.value_features else (self.key_features,)
 
     @property
     def bytes_per_token(self) -> int:
@@ -70,9 +84,10 @@ class LayerState:
 class StepProgram:
     """A program of the signature above: (logits [1, R, V], caches) of the inputs of passes/step_inputs.py.
 
-    states: one per pair of caches, in order; those of equal kind and window share a capacity.  limit: positions that
+    states: one per pair of caches, or cache, in order; those of equal window share a capacity.  limit: positions that
     the model's tables and the capture allow; None where nothing limits them.  vocabulary: V.  token_limit: tokens that
-    the model's embedding has; None where it is unknown.  is_tree: the program has the input `path`.
+    the model's embedding has; None where it is unknown.  is_tree: the program has the input `path`.  encoder: gives the
+    inputs encoded_i; None where there is none.  crosses: what each cross attention reads of it, per source position.
     """
 
     program: Program
@@ -81,33 +96,43 @@ class StepProgram:
     vocabulary: int
     token_limit: int | None
     is_tree: bool
+    encoder: Program | None = None
+    crosses: tuple[LayerState, ...] = ()
 
 
-def derive_step(program: Program) -> StepProgram | Refusal:
+def derive_step(program: Program, tokens: str | None = None) -> StepProgram | Refusal:
     """The step program of a canonicalised and recognised causal program, which stays as it is; or why there is none.
 
     The refusal names the first node that has no place in a causal step. `with_tree` makes the variant for trees.
     """
-    found = analyse_sequence(program)
+    found = analyse_sequence(program, tokens)
     if isinstance(found, Refusal):
         return found
-    refusal = _check_states(found)
+    encoder = split_encoder(program, found) if found.encoded else None
+    refusal = encoder if isinstance(encoder, Refusal) else _check_states(found)
     if refusal is not None:
         return refusal
-    pairs = _cached_pairs(found)
-    states = tuple(_describe(found, pair) for pair in pairs)
+    holders = _holders(found)
+    states = tuple(_describe(found, holder) for holder in holders)
     graph = fx.Graph()
-    shapes = [_shape(found, pair) for pair in pairs]
+    shapes = [
+        CacheShape(state.window, state.heads, state.key_features, state.value_features, state.dtype)
+        for state in states
+    ]
     inputs = add_step_inputs(graph, tensor_of(found.tokens), shapes, made_by=NAME, like=found.tokens)
-    results = _StepWriter(found, program.graph_module, inputs, pairs).write()
+    encoded = add_encoded_inputs(found, inputs, made_by=NAME)
+    results = _StepWriter(found, program.graph_module, inputs, holders, encoded).write()
     graph.output_node().args = (tuple(results),)
     erase_dead(graph)
     graph.lint()
     step = fx.GraphModule(program.graph_module, graph)
     drop_unused_tensors(step)
     vocabulary = shape_of(found.logits)[2]
-    signed = _with_signature(program, step, inputs)
-    return StepProgram(signed, states, found.limit, int(vocabulary), found.token_limit, is_tree=False)
+    signed = _with_signature(program, step, inputs, [node.name for node in encoded.values()])
+    return StepProgram(
+        signed, states, found.limit, int(vocabulary), found.token_limit, is_tree=False,
+        encoder=encoder if isinstance(encoder, Program) else None, crosses=_describe_crosses(found),
+    )  # fmt: skip
 
 
 def with_tree(step: StepProgram) -> StepProgram:
@@ -115,25 +140,29 @@ def with_tree(step: StepProgram) -> StepProgram:
     program = step.program.copied()
     ids, _, _, rows, *_ = program.placeholders
     path = add_path_input(program.graph, ids, rows, made_by=NAME)
-    for attention in program.graph.find_nodes(op="call_function", target=CACHED_ATTENTION):
-        attention.update_arg(4, path)
+    for target, place in PATH_ARGUMENT.items():
+        for reader in program.graph.find_nodes(op="call_function", target=target):
+            reader.update_arg(place, path)
     program.graph.lint()
     program.graph_module.recompile()
     *plain, caches = program.parameters
-    names = (*plain, path.name, caches)
+    names = (*plain[:4], path.name, *plain[4:], caches)
     leaves = tuple(node.name for node in program.placeholders)
-    in_spec = pytree.tree_structure(((*leaves[:5], leaves[5:]), {}))
+    count = len(names) - 1
+    in_spec = pytree.tree_structure(((*leaves[:count], leaves[count:]), {}))
     signed = replace(program, in_spec=in_spec, parameters=names)
     return replace(step, program=signed, is_tree=True)
 
 
 Pair = tuple[fx.Node, fx.Node]
+Holder = Pair | fx.Node
 
 
-def _cached_pairs(found: SequenceAnalysis) -> list[Pair]:
-    """(key, value) of every attention, once where layers share them."""
-    pairs = [(attention.args[1], attention.args[2]) for attention in found.attentions]
-    return list(dict.fromkeys(pairs))  # type: ignore[arg-type]  # the analysis saw that both are nodes
+def _holders(found: SequenceAnalysis) -> list[Holder]:
+    """Who keeps a state, in graph order: (key, value) of an attention, once where layers share them, or a carried
+    node."""
+    holders = [node if node in found.carried else (node.args[1], node.args[2]) for node in found.looking_back]
+    return list(dict.fromkeys(holders))  # type: ignore[arg-type]  # the analysis saw that both are nodes
 
 
 def _check_states(found: SequenceAnalysis) -> Refusal | None:
@@ -155,18 +184,21 @@ def _widest(found: SequenceAnalysis, pair: Pair) -> fx.Node:
     return max(readers, key=lambda reader: (reader.args[4] == "causal", reader.args[5]))
 
 
-def _shape(found: SequenceAnalysis, pair: Pair) -> CacheShape:
-    state = _describe(found, pair)
-    group = state.window if state.kind == "window" else 0
-    return CacheShape(group, state.heads, state.key_features, state.value_features, state.dtype)
+def _describe(found: SequenceAnalysis, holder: Holder) -> LayerState:
+    if isinstance(holder, fx.Node):
+        state = describe_carried(found, holder)
+        return LayerState(
+            holder.name, state.kind, state.window, 1, state.features, 0, state.dtype, state.reach
+        )
+    return _describe_pair(_widest(found, holder))
 
 
-def _describe(found: SequenceAnalysis, pair: Pair) -> LayerState:
-    widest = _widest(found, pair)
-    key, value = (tensor_of(node) for node in pair)
+def _describe_pair(widest: fx.Node) -> LayerState:
+    """What `widest` keeps of its keys and values."""
+    key, value = (tensor_of(node) for node in widest.args[1:3])  # type: ignore[arg-type]
     kind, window = str(widest.args[4]), widest.args[5]
     return LayerState(
-        attention=widest.name,
+        node=widest.name,
         kind=kind,
         window=int(window) if kind == "window" else 0,  # type: ignore[arg-type]
         heads=int(key.shape[1]),
@@ -177,35 +209,48 @@ def _describe(found: SequenceAnalysis, pair: Pair) -> LayerState:
     )
 
 
+def _describe_crosses(found: SequenceAnalysis) -> tuple[LayerState, ...]:
+    """The cross attentions that read an encoder; what they keep grows with the source, not with the text."""
+    readers = [node for node in found.crosses if node.args[1] in found.encoded]
+    return tuple(replace(_describe_pair(node), kind="cross", window=0) for node in readers)
+
+
 class _StepWriter:
     """Writes the step graph behind its inputs."""
 
     def __init__(
-        self, found: SequenceAnalysis, source: fx.GraphModule, inputs: StepInputs, pairs: list[Pair]
-    ) -> None:
+        self, found: SequenceAnalysis, source: fx.GraphModule, inputs: StepInputs, holders: list[Holder],
+        encoded: Mapping[fx.Node, fx.Node],
+    ) -> None:  # fmt: skip
         self.found, self.source, self.inputs = found, source, inputs
         self.graph = inputs.ids.graph
-        self.caches = dict(zip(pairs, inputs.caches, strict=True))
-        self.appended: dict[Pair, tuple[fx.Node, ...]] = {}
+        self.caches: dict[Any, tuple[fx.Node, ...]] = dict(zip(holders, inputs.caches, strict=True))
+        self.appended: dict[Any, tuple[fx.Node, ...]] = {}
         self.by_key: StepCopier | None = None
-        known = {found.tokens: inputs.packed}
+        self.pairs: PairWriter | None = None
+        known = {found.tokens: inputs.packed, **encoded}
         self.rows = StepCopier(found, source, self.graph, inputs.length, inputs.flat_positions, known)
         for attention in found.attentions:
             operands: Any = attention.args[:3]
             self.rows.stands[attention] = Stand(operands, partial(self._attention, attention))
+        cross = CrossWriter(self.rows, inputs, self._by_sequence)
+        self.rows.stands.update({node: cross.stand(node) for node in found.crosses})
+        carried = {node: self.caches[node][0] for node in found.carried}
+        writer = CarriedWriter(self.rows, inputs, carried, self.appended)
+        self.rows.stands.update({node: writer.stand(node) for node in found.carried})
 
     def write(self) -> list[fx.Node]:
         """The outputs: logits of the chosen rows, then the caches."""
         logits = self._chosen_logits()
         # An attention that the logits do not read has a cache all the same: the signature is that of the states.
-        for attention in self.found.attentions:
-            self.rows.copy(attention)
-        return [logits, *(node for pair in self.caches for node in self.appended[pair])]
+        for node in self.found.looking_back:
+            self.rows.copy(node)
+        return [logits, *(held for holder in self.caches for held in self.appended[holder])]
 
     def _attention(self, attention: fx.Node) -> fx.Node:
         """Append the new rows, attend to the cache, and go back to packed rows."""
         make = partial(self.rows.make, like=attention)
-        query, key, value, _, kind, window, scale, soft_cap = attention.args
+        query, key, value, _, kind, window, scale, soft_cap, *sinks = attention.args
         pair: Any = (key, value)
         if pair not in self.appended:
             self.appended[pair] = tuple(
@@ -215,7 +260,8 @@ class _StepWriter:
         keys, values = self.appended[pair]
         mask = self._key_mask(attention)
         read = self._by_sequence(self.rows.known[query], attention)  # type: ignore[index]
-        options = (kind, window if kind == "window" else 0, scale, soft_cap)
+        same = [self.rows.copy(sink) for sink in sinks if isinstance(sink, fx.Node)]
+        options = (kind, window if kind == "window" else 0, scale, soft_cap, *same)
         mixed = make(CACHED_ATTENTION, read, keys, values, self.inputs.past, None, mask, *options)
         _, heads, _, features = tensor_of(mixed).shape
         packed = make(
@@ -237,11 +283,14 @@ class _StepWriter:
         mask = attention.args[3]
         if not isinstance(mask, fx.Node):
             return None
-        if attention not in self.found.key_masks:
+        if attention not in self.found.key_masks and attention not in self.found.pair_masks:
             copy: fx.Node = self.rows.copy(mask)
             return copy
         if self.by_key is None:
             self.by_key = self._key_copier(attention)
+        if attention in self.found.pair_masks:
+            self.pairs = self.pairs or PairWriter(self.rows, self.by_key, self.inputs)
+            return self.pairs.write(self.found.pair_masks[attention])
         by_key: fx.Node = self.by_key.copy(mask)
         return by_key
 
@@ -249,7 +298,7 @@ class _StepWriter:
         """Copies with one row per slot of a cache that keeps everything; all of these have one capacity."""
         make = partial(self.rows.make, like=attention)
         # The cache, not what is appended to it: sizes must not wait for rows.
-        cache = self.caches[(attention.args[1], attention.args[2])][0]  # type: ignore[index]
+        cache = self.caches[(attention.args[1], attention.args[2])][0]
         capacity = make(aten.sym_size.int, cache, 2)
         places = make(aten.arange.default, capacity, device=tensor_of(cache).device)
         if self.found.limit is not None:
@@ -269,7 +318,7 @@ class _StepWriter:
         }
 
     def _chosen_logits(self) -> fx.Node:
-        """The logits [1, R, V]: everything behind the last attention runs for the chosen rows only."""
+        """The logits [1, R, V]: everything behind what looks back last runs for the chosen rows only."""
         found, inputs = self.found, self.inputs
         cut = _find_cut(found)
         axis = found.along[cut].axis
@@ -282,7 +331,7 @@ class _StepWriter:
 
 
 def _find_cut(found: SequenceAnalysis) -> fx.Node:
-    """The earliest value behind the last attention through which alone the logits follow the tokens: only the chosen
+    """The earliest value behind what looks back last through which alone the logits follow the tokens: only the chosen
     rows of it are ever read."""
     needed = _ancestors(found.logits)
     order = [node for node in found.logits.graph.nodes if node in needed]
@@ -290,7 +339,7 @@ def _find_cut(found: SequenceAnalysis) -> fx.Node:
     last_use = {
         node: max((place[user] for user in node.users if user in place), default=-1) for node in order
     }
-    start = max((place[attention] for attention in found.attentions if attention in place), default=0)
+    start = max((place[node] for node in (*found.looking_back, *found.crosses) if node in place), default=0)
     reach = max((last_use[node] for node in order[:start] if _has_tokens(found, node)), default=-1)
     for number, node in enumerate(order[start:], start):
         if not _has_tokens(found, node):
@@ -317,10 +366,12 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def _with_signature(program: Program, step: fx.GraphModule, inputs: StepInputs) -> Program:
+def _with_signature(
+    program: Program, step: fx.GraphModule, inputs: StepInputs, encoded: Sequence[str]
+) -> Program:
     """The step program's pytree signature and size ranges."""
     caches = tuple(node.name for pair in inputs.caches for node in pair)
-    plain = [node.name for node in inputs.all_inputs if node.name not in caches]
+    plain = [*(node.name for node in inputs.all_inputs if node.name not in caches), *encoded]
     sizes = [SizeRange("ids", 0, 1, None), SizeRange("ids", 1, 1, None), SizeRange("rows", 0, 1, None)]
     sizes += [SizeRange(name, 2, 1, None) for name in caches]
     return Program(

@@ -26,6 +26,7 @@ from torchweld.graph.edit import fake_weight, insert_node
 from torchweld.graph.match import aten, dim_key, is_tensor, shape_of, tensor_of
 from torchweld.graph.program import find_fake_mode, get_tensor
 from torchweld.graph.sequence import PositionSource, PositionTable, SequenceAnalysis
+from torchweld.graph.shape_memo import ShapeMemo
 
 NAME: Final = "rewrite_kv_cache"
 # What these fill with; None: with their last argument.
@@ -60,6 +61,7 @@ class StepCopier:
     positions: fx.Node
     known: dict[fx.Node, Any] = field(default_factory=dict)
     stands: dict[fx.Node, Stand] = field(default_factory=dict)
+    memo: ShapeMemo = field(default_factory=ShapeMemo)
 
     def __post_init__(self) -> None:
         for line in self.found.sources:
@@ -84,9 +86,8 @@ class StepCopier:
 
     def make(self, target: Callable[..., object], *args: object, like: fx.Node, **kwargs: object) -> fx.Node:
         """A new node at the end of the graph."""
-        return insert_node(
-            self.graph, self.graph.output_node(), target, args, kwargs, made_by=NAME, like=like
-        )
+        end = self.graph.output_node()
+        return insert_node(self.graph, end, target, args, kwargs, made_by=NAME, like=like, memo=self.memo)
 
     def _needs(self, node: fx.Node) -> Iterable[fx.Node]:
         """What must be copied first."""

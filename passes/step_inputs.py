@@ -1,7 +1,9 @@
 """The inputs of a step graph: tokens, how much is cached, positions, rows that get logits, a tree, and the caches.
 
     ids int64 [B, T], past int64 [B], positions int64 [B, T], rows int64 [R], (path int64 [B, T, T] for a tree,)
-    then per pair of keys and values: key_i [B, heads, C, key features], value_i [B, heads, C, value features]
+    then, of an encoder, encoded_i (passes/step_cross.py),
+    then per pair of keys and values: key_i [B, heads, C, key features], value_i [B, heads, C, value features],
+    and state_i [B, 1, C, features] for what keeps rows of one kind (a convolution, a cumulative sum), in graph order
 
 B, T, R and one C per kind of layer are symbolic and may be any size; nothing about them is guessed from an example.
 """
@@ -15,7 +17,6 @@ from typing import Final
 
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -30,7 +31,10 @@ TRACED_CAPACITY: Final = 2003
 
 @dataclass(frozen=True)
 class CacheShape:
-    """One pair of caches: heads, features of a key and of a value, dtype; `group` chooses the capacity symbol."""
+    """One pair of caches: heads, features of a key and of a value, dtype; `group` chooses the capacity symbol.
+
+    value_features 0: one cache alone.
+    """
 
     group: int
     heads: int
@@ -50,7 +54,7 @@ class StepInputs:
     past: fx.Node
     positions: fx.Node
     rows: fx.Node
-    caches: tuple[tuple[fx.Node, fx.Node], ...]
+    caches: tuple[tuple[fx.Node, ...], ...]
     batch: fx.Node
     new: fx.Node
     length: fx.Node
@@ -74,13 +78,7 @@ def add_step_inputs(
     device = tokens.device
 
     def size(name: str, example: int) -> torch.SymInt:
-        source = ConstantSource(f"step_{name}")
-        symbol = environment.create_symbol(
-            example, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
-        )
-        made = environment.create_symintnode(symbol, hint=example, source=source)
-        assert isinstance(made, torch.SymInt)
-        return made
+        return new_size(environment, name, example)
 
     def tensor(name: str, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype = torch.int64) -> fx.Node:
         node = graph.placeholder(name)
@@ -99,8 +97,10 @@ def add_step_inputs(
     pairs = []
     for number, shape in enumerate(caches):
         slots = (batch, shape.heads, capacity[shape.group])
-        key = tensor(f"key_{number}", (*slots, shape.key_features), shape.dtype)
-        pairs.append((key, tensor(f"value_{number}", (*slots, shape.value_features), shape.dtype)))
+        widths = {f"key_{number}": shape.key_features, f"value_{number}": shape.value_features}
+        if not shape.value_features:
+            widths = {f"state_{number}": shape.key_features}
+        pairs.append(tuple(tensor(name, (*slots, width), shape.dtype) for name, width in widths.items()))
     end = graph.output(())
 
     def make(target: object, *args: object) -> fx.Node:
@@ -113,6 +113,20 @@ def add_step_inputs(
         make(aten.sym_size.int, rows, 0), make(aten.reshape.default, ids, [1, length, *rest]),
         make(aten.reshape.default, positions, [length]),
     )  # fmt: skip
+
+
+def new_size(environment: ShapeEnv, name: str, example: int) -> torch.SymInt:
+    """A symbolic size that may be anything; `example` is what shape rules are run at."""
+    # Here and not above: it takes a second to import, and a step that comes from the cache makes no sizes.
+    from torch._dynamo.source import ConstantSource
+
+    source = ConstantSource(f"step_{name}")
+    symbol = environment.create_symbol(
+        example, source, dynamic_dim=DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
+    )
+    made = environment.create_symintnode(symbol, hint=example, source=source)
+    assert isinstance(made, torch.SymInt)
+    return made
 
 
 def add_path_input(graph: fx.Graph, ids: fx.Node, after: fx.Node, *, made_by: str) -> fx.Node:

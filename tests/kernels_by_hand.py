@@ -204,7 +204,7 @@ def attention(
     mask = Load(torch.bool, "mask", (b.symbol, ZERO, t.symbol, s.symbol)) if tensor_mask else None
     attend = Bind(
         "out",
-        Attend(F32, s, d, q, k, v, mask, mask_kind, window, width**-0.5, soft_cap, t.symbol, S),  # type: ignore[arg-type]
+        Attend(F32, s, d, q, k, v, mask, mask_kind, window, width**-0.5, soft_cap, t.symbol, S, share=share),  # type: ignore[arg-type]
     )
     store = Store("o", (b.symbol, t.symbol, h.symbol * width + f.symbol), Ref(F32, "out"))
     wide, narrow = Integer(heads * width), Integer(groups * width)

@@ -1,6 +1,7 @@
 """Attention kernels: online softmax over the keys, for one tile of queries of one head.
 
 formula:  s_j = scale * sum_d q_d k_jd, capped and masked;  (m, l, o) <- combine over j of (s_j, 1, v_j);  out = o / l
+          sinks: one more (s, 1, 0), combined once for each row
 shapes:   batch axes (batch, head), t queries, features of v; grouped heads read their group's keys by index
 prologue: pointwise on the query only: keys and values are read once per tile of queries, so work on them is refused
 epilogue: pointwise on the result
@@ -63,6 +64,8 @@ def _check_axes(
         allowed["past lengths"] = (attend.past, {batch[0].symbol})
     if attend.path is not None and attend.steps is not None:
         allowed["paths"] = (attend.path, {batch[0].symbol, t.symbol, attend.steps.symbol})
+    if attend.sinks is not None:
+        allowed["sinks"] = (attend.sinks, outer)
     for what, (term, symbols) in allowed.items():
         if dependence.of(term) - symbols:
             raise Unsupported(f"the {what} of an attention depend on more than their own axes")

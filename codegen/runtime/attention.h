@@ -286,6 +286,15 @@ static void tw_mix_block(const T* weights, int64_t rows, const tw_seen* seen, co
     }
 }
 
+// What a row's sums are multiplied by in the end; a row that saw nothing gives 0. The sink, a score whose value is 0, is
+// joined here and nowhere else: its place does not depend on where the splits of a tile begin.
+template <class T> static inline T tw_share_of_one(T total) { return total > 0 ? 1 / total : total; }
+template <class T> static inline T tw_share_beside(T greatest, T total, T sink) {
+    if (greatest == tw_limits<T>::low) return 0;
+    const T top = tw_max(greatest, sink), keep = tw_weight(greatest - top);
+    return keep / (total * keep + tw_weight(sink - top));
+}
+
 // A row's result over the next split joined to that over the splits before it.
 template <class T>
 __attribute__((noinline)) static void tw_join(T& greatest, T& total, T* out, T next_greatest, T next_total,

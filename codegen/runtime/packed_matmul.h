@@ -180,8 +180,7 @@ __attribute__((noinline)) static void tw_packed_matmul(const float* a, int64_t s
         float* const to = out + 16 * g;
         const bool few = rows <= tw_direct_rows && g + 2 <= groups;
 #define TW_FEW(M, G) tw_packed_few<F, M, G>(a, stride, rows, a_sums, w, group_bytes, steps, to, out_stride), g += G
-        if (few && rows == 1 && g + 4 <= groups) TW_FEW(1, 4);
-        else if (few && rows == 1) TW_FEW(1, 2);
+        if (few && rows == 1) TW_FEW(1, 2);  // of 4 groups at once the prefetched lines do not fit the L1 cache
         else if (few && rows == 2) TW_FEW(2, 2);
 #if defined(__AVX512F__)
         else if (few && rows <= 4) TW_FEW(4, 2);

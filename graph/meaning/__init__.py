@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from torch import fx
 
+from torchweld.graph.meaning.cached import CACHED
 from torchweld.graph.meaning.context import Kind, Meaning, Rule, Unsupported
 from torchweld.graph.meaning.contractions import CONTRACTIONS
 from torchweld.graph.meaning.pointwise import POINTWISE
@@ -14,7 +15,7 @@ from torchweld.graph.meaning.reductions import REDUCTIONS
 from torchweld.graph.meaning.views import MOVEMENT, SOURCES, VIEWS
 
 RULES: Mapping[object, Rule] = MappingProxyType(
-    {**POINTWISE, **VIEWS, **MOVEMENT, **SOURCES, **REDUCTIONS, **CONTRACTIONS}
+    {**POINTWISE, **VIEWS, **MOVEMENT, **SOURCES, **REDUCTIONS, **CONTRACTIONS, **CACHED}
 )
 """Every operation that kernels can be made of; anything else runs eagerly."""
 

@@ -101,14 +101,14 @@ def _add_matmul(meaning: Meaning, node: fx.Node, index: Index) -> Term:
 
 
 def _attention(meaning: Meaning, node: fx.Node, index: Index) -> Term:
-    return _attend(meaning, node, index, None, None, node.args[3:8])
+    return _attend(meaning, node, index, None, None, node.args[3:])
 
 
 def _cached_attention(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     past, path = node.args[3:5]
     if not isinstance(past, fx.Node):
         raise Unsupported(f"{node.name}: expected past as a tensor")
-    return _attend(meaning, node, index, past, path if isinstance(path, fx.Node) else None, node.args[5:10])
+    return _attend(meaning, node, index, past, path if isinstance(path, fx.Node) else None, node.args[5:])
 
 
 def _attend(
@@ -119,9 +119,10 @@ def _attend(
     path: fx.Node | None,
     rest: Sequence[object],
 ) -> Term:
-    """One element of an attention; `rest` are mask, mask kind, window, scale and soft cap."""
+    """One element of an attention; `rest` are mask, mask kind, window, scale, soft cap and perhaps sinks."""
     query, key, value = _nodes(node, 3)
-    mask, mask_kind, window, scale, soft_cap = rest
+    mask, mask_kind, window, scale, soft_cap, *more = rest
+    sinks = more[0] if more else node.kwargs.get("sinks")
     assert isinstance(window, int) and isinstance(scale, (int, float)) and isinstance(soft_cap, (int, float))
     b, h, t, f = index
     q_shape, k_shape = shape_of(query), shape_of(key)
@@ -144,6 +145,7 @@ def _attend(
         past=None if past is None else cast(meaning.value(past, (b,)), torch.int64),
         path=None if steps is None else cast(meaning.value(path, (b, t, steps.symbol)), torch.int64),
         steps=steps, share=int(share) if share.is_Integer else 1,
+        sinks=cast(meaning.value(sinks, (h,)), dtype) if isinstance(sinks, fx.Node) else None,
     )  # fmt: skip
 
 

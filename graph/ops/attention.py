@@ -2,6 +2,8 @@
 
 formula:  s[t, j] = scale * <q[t], k[j]>;  s = soft_cap * tanh(s / soft_cap) if soft_cap > 0
           y[t] = sum_j softmax_j(s[t, j] masked) * v[j]
+sinks:    [Hq], a score per query head that takes part in the softmax and has the value 0 (gpt-oss):
+          softmax_j = exp(s[t, j]) / (exp(sinks[h]) + sum_i exp(s[t, i])).  It is neither scaled, capped nor masked.
 shapes:   query [B, Hq, T, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], Hq % Hkv == 0 -> [B, Hq, T, Dv];
           query head h reads key and value head h // (Hq // Hkv): nothing is repeated in memory.
 masks:    "none"; "causal": key j is visible to query t iff j <= t + S - T; "window": also j > t + S - T -
@@ -23,7 +25,7 @@ MASK_KINDS: Final[tuple[str, ...]] = get_args(MaskKind)
 
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? mask, str mask_kind, int window, float scale,"
-    " float soft_cap) -> Tensor"
+    " float soft_cap, Tensor? sinks=None) -> Tensor"
 )
 
 
@@ -42,6 +44,17 @@ def positional_visibility(
     if mask_kind == "window":
         visible = visible & (key_position > query_position - window)
     return visible
+
+
+def _check_sinks(sinks: Tensor | None, query_heads: int) -> None:
+    """Raise ValueError unless the sinks are one number per query head."""
+    if sinks is not None and (
+        sinks.dim() != 1 or sinks.shape[0] != query_heads or not sinks.is_floating_point()
+    ):
+        raise ValueError(
+            f"torchweld::attention: sinks are {sinks.dtype} {tuple(sinks.shape)}; expected one floating-point"
+            f" number for each of the {query_heads} query heads"
+        )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask_kind: str, window: int) -> None:
@@ -80,9 +93,11 @@ def attention_reference(
     window: int,
     scale: float,
     soft_cap: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Plain-torch meaning of torchweld::attention; shapes, masks and errors as in the module docstring."""
     _check(query, key, value, mask_kind, window)
+    _check_sinks(sinks, query.shape[1])
     batch, heads, queries, features = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -98,7 +113,11 @@ def attention_reference(
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
         scores = scores + mask.to(compute)
-    weights = torch.softmax(scores, dim=-1)
+    if sinks is None:
+        weights = torch.softmax(scores, dim=-1)
+    else:
+        sink = sinks.to(compute).reshape(1, heads, 1, 1).expand(batch, heads, queries, 1)
+        weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :keys]
     sees_nothing = (scores == float("-inf")).all(dim=-1, keepdim=True)
     weights = weights.masked_fill(sees_nothing, 0.0)
     grouped_weights = weights.reshape(batch, key_heads, heads // key_heads, queries, keys)
@@ -116,10 +135,11 @@ def attention(
     window: int,
     scale: float,
     soft_cap: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention, [B, Hq, T, Dv]; see the module docstring. Raises ValueError on bad
     arguments."""
-    return attention_reference(query, key, value, mask, mask_kind, window, scale, soft_cap)
+    return attention_reference(query, key, value, mask, mask_kind, window, scale, soft_cap, sinks)
 
 
 @attention.register_fake
@@ -132,6 +152,8 @@ def _(
     window: int,
     scale: float,
     soft_cap: float,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     _check(query, key, value, mask_kind, window)
+    _check_sinks(sinks, query.shape[1])
     return value.new_empty((query.shape[0], query.shape[1], query.shape[2], value.shape[3]))

@@ -4,7 +4,7 @@ append_rows(cache, rows, past)
     shapes:   cache [B, H, C, D], rows [B, H, T, D] with T <= C, past int64 [B] -> the cache, with element
               [b, h, (past[b] + t) % C, :] = rows[b, h, t, :].  Functional here; the executable writes the cache itself.
 
-cached_attention(query, key, value, past, path, mask, mask_kind, window, scale, soft_cap)
+cached_attention(query, key, value, past, path, mask, mask_kind, window, scale, soft_cap, sinks)
     formula:  as torchweld::attention, over the positions that a row sees, in their order
     shapes:   query [B, Hq, T, D], key [B, Hkv, C, D], value [B, Hkv, C, Dv], past int64 [B] -> [B, Hq, T, Dv]; key and
               value hold the new rows already.  Query head h reads key head h // (Hq // Hkv).
@@ -16,6 +16,7 @@ cached_attention(query, key, value, past, path, mask, mask_kind, window, scale, 
               path[b, t, j - past[b]]).  So C >= past + T without a window, and C >= window + T - 1 with one.
               A tensor mask comes on top: bool or additive float, broadcastable to [B, Hq, T, M], whose last axis counts
               positions j ("causal" only): M >= past + T, or M == 1.
+    sinks:    [Hq], as in torchweld::attention
     numerics: as torchweld::attention.  Positions are summed in their order whatever the ring and the tree, so that a
               kernel can give a row the same bits however it came to be computed.
 """
@@ -27,14 +28,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from torchweld.graph.ops.attention import attention_reference
+from torchweld.graph.ops.attention import _check_sinks, attention_reference
 
 CACHED_KINDS: Final = ("causal", "window")
 
 _APPEND_SCHEMA = "(Tensor cache, Tensor rows, Tensor past) -> Tensor"
 _ATTENTION_SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor past, Tensor? path, Tensor? mask, str mask_kind, int window,"
-    " float scale, float soft_cap) -> Tensor"
+    " float scale, float soft_cap, Tensor? sinks=None) -> Tensor"
 )
 
 
@@ -113,10 +114,11 @@ def _check_attention(
 
 def cached_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, past: Tensor, path: Tensor | None, mask: Tensor | None,
-    mask_kind: str, window: int, scale: float, soft_cap: float,
+    mask_kind: str, window: int, scale: float, soft_cap: float, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Plain-torch meaning of torchweld::cached_attention, sequence by sequence; a tree row by row."""
     _check_attention(query, key, value, past, path, mask, mask_kind, window)
+    _check_sinks(sinks, query.shape[1])
     batch, heads, count, _ = query.shape
     result = query.new_zeros((batch, heads, count, value.shape[3]), dtype=value.dtype)
     if mask is not None:
@@ -139,7 +141,7 @@ def cached_attention_reference(
                 extra = extra[..., positions]
             keys, values = (side[b : b + 1, :, slots % key.shape[2]] for side in (key, value))
             result[b : b + 1, :, queries] = attention_reference(
-                query[b : b + 1, :, queries], keys, values, extra, mask_kind, window, scale, soft_cap
+                query[b : b + 1, :, queries], keys, values, extra, mask_kind, window, scale, soft_cap, sinks
             )
     return result
 
@@ -153,16 +155,19 @@ def _ancestors(path: Tensor) -> Tensor:
 @torch.library.custom_op("torchweld::cached_attention", mutates_args=(), schema=_ATTENTION_SCHEMA)
 def cached_attention(
     query: Tensor, key: Tensor, value: Tensor, past: Tensor, path: Tensor | None, mask: Tensor | None,
-    mask_kind: str, window: int, scale: float, soft_cap: float,
+    mask_kind: str, window: int, scale: float, soft_cap: float, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention over a cache, [B, Hq, T, Dv]; see the module docstring. Raises ValueError on bad arguments."""
-    return cached_attention_reference(query, key, value, past, path, mask, mask_kind, window, scale, soft_cap)
+    return cached_attention_reference(
+        query, key, value, past, path, mask, mask_kind, window, scale, soft_cap, sinks
+    )
 
 
 @cached_attention.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, past: Tensor, path: Tensor | None, mask: Tensor | None,
-    mask_kind: str, window: int, scale: float, soft_cap: float,
+    mask_kind: str, window: int, scale: float, soft_cap: float, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     _check_attention(query, key, value, past, path, mask, mask_kind, window)
+    _check_sinks(sinks, query.shape[1])
     return value.new_empty((query.shape[0], query.shape[1], query.shape[2], value.shape[3]))

@@ -44,6 +44,7 @@ def explain_decoding(
         launches=len(report.launches),
         fallbacks=report.fallbacks,
         limit=step.limit,
+        crosses=tuple(StateRecord.of(number, state) for number, state in enumerate(step.crosses)),
     )
 
 
@@ -62,8 +63,11 @@ def compile_step(step: StepProgram, options: Options) -> Compiled:
     examples = []
     for node in step.program.placeholders:
         value = node.meta["val"]
-        if value.dim() == 4:  # only the shapes are read: one element stands for the whole cache
-            shape = (1, value.shape[1], TYPICAL_PAST + 1, value.shape[3])
+        if value.dim() == 4:  # only the shapes are read: one element stands for the whole cache or source
+            sizes = enumerate(value.shape)
+            shape = [
+                size if isinstance(size, int) else TYPICAL_PAST + 1 if axis else 1 for axis, size in sizes
+            ]
             examples.append(torch.empty((), dtype=value.dtype).expand(shape))
         else:
             examples.append(torch.zeros((1,) * value.dim(), dtype=value.dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -53,6 +53,7 @@ class Subject:
     loaded: LoadedModel
     inputs: tuple[Tensor, ...]
     phases: list[Phase] = field(default_factory=list)
+    is_busy: bool = False
 
     @property
     def sizes(self) -> str:
@@ -61,10 +62,14 @@ class Subject:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Show a step on stderr while it runs, and keep its time."""
+        """Show a step on stderr while it runs, and keep its time. A step inside of another one is not shown."""
         start = time.perf_counter()
-        with show_phase(name, self.loaded.name):
-            yield
+        inside, self.is_busy = self.is_busy, True
+        try:
+            with nullcontext() if inside else show_phase(name, self.loaded.name):
+                yield
+        finally:
+            self.is_busy = inside
         self.phases.append(Phase(name, time.perf_counter() - start))
 
 

@@ -70,16 +70,18 @@ class Problem:
     mask: str = ""
     soft_cap: float = 0.0
     dtype: torch.dtype = torch.float32
+    sinks: bool = False
 
     def call(self, *tensors: Tensor) -> Tensor:
-        """The operation on (query, key, value, past, path?, mask?)."""
+        """The operation on (query, key, value, past, path?, mask?, sinks?)."""
         query, key, value, past, *rest = tensors
         path = rest.pop(0) if self.tree else None
         mask = rest.pop(0) if self.mask else None
+        sinks = rest.pop(0) if self.sinks else None
         kind = "window" if self.window else "causal"
         scale = self.features**-0.5
         result: Tensor = torch.ops.torchweld.cached_attention(
-            query, key, value, past, path, mask, kind, self.window, scale, self.soft_cap
+            query, key, value, past, path, mask, kind, self.window, scale, self.soft_cap, sinks
         )
         return result
 
@@ -150,6 +152,8 @@ def make_call(problem: Problem, past: Sequence[int], count: int, spare: int, see
         shape = (batch, 1, count, capacity)
         visible = torch.rand(shape, generator=generator) > 0.3
         tensors.append(visible if p.mask == "bool" else draw(*shape))
+    if p.sinks:
+        tensors.append(2 * draw(p.query_heads))
     return Call(problem, tuple(tensors))
 
 
@@ -157,9 +161,10 @@ def make_call(problem: Problem, past: Sequence[int], count: int, spare: int, see
 def kernel_of(problem: Problem) -> Kernel:
     """The kernel of the call, for any batch, number of rows and capacity."""
     call = make_call(problem, [5, 6], 3, 4 if problem.window else 7, seed=1)
-    dynamic = {0: (0, 2), 1: (0, 2), 2: (0, 2), 3: (0,), 4: (0, 1, 2), 5: (0, 2, 3)}
-    if problem.mask and not problem.tree:
-        dynamic[4] = (0, 2, 3)
+    dims: list[tuple[int, ...]] = [(0, 2), (0, 2), (0, 2), (0,)]
+    dims += [(0, 1, 2)] if problem.tree else []
+    dims += [(0, 2, 3)] if problem.mask else []
+    dynamic = dict(enumerate(dims))
     module = symbolic_graph(problem.call, call.tensors, dynamic)
     (node,) = module.graph.find_nodes(op="call_function", target=torch.ops.torchweld.cached_attention.default)
     lowered = lower_group(Group(0, (node,)), cores=2)
@@ -193,6 +198,7 @@ def alone(call: Call, sequence: int, row: int, capacity: int) -> Call:
         room = torch.zeros(1, 1, 1, capacity, dtype=mask.dtype)
         room[..., : position + 1] = mask[..., : position + 1]
         tensors.append(room)
+    tensors += rest[-1:] if call.problem.sinks else []
     return Call(problem, tuple(tensors))
 
 
@@ -220,6 +226,8 @@ TRITON_CALLS = (
     (Problem(4, 2, window=10), [30, 3], 5),
     (Problem(2, 1, tree=True, window=6), [20, 3], 6),
     (Problem(2, 1, 20, 24, tree=True, mask="float", soft_cap=3.0), [0, 20], 4),
+    (Problem(6, 2, 16, 16, sinks=True), [5, 40], 3),
+    (Problem(4, 2, window=10, sinks=True, soft_cap=3.0), [30, 0], 5),
 )
 
 if __name__ == "__main__":

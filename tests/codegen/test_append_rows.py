@@ -208,6 +208,26 @@ def test_a_cache_that_is_needed_as_it_was_is_copied(function: Any, reason: str) 
     assert torch.equal(copies[0], inputs[0])
 
 
+def test_a_size_of_the_cache_is_no_value_of_it() -> None:
+    def function(cache: Tensor, rows: Tensor, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        places = torch.arange(cache.shape[2]) * 2
+        twice = torch.cumsum(torch.ones(2 * cache.shape[2]), 0)  # eager: there is no kernel for it
+        return ops.append_rows(cache, rows.exp(), past), places, twice
+
+    inputs = (numbers(1, KEY_HEADS, 5, WIDTH), numbers(1, KEY_HEADS, 2, WIDTH, seed=1), torch.tensor([4]))
+    module = symbolic_graph(function, inputs, {0: (2,)})
+    (cache, *_) = module.graph.find_nodes(op="placeholder")
+    assert len(cache.users) == 2, "the size is read from the cache"
+    built = plan_of_graph(module)
+    assert built.plan.in_place == {"append_rows": cache.name}
+    assert any(isinstance(step, EagerStep) for step in built.plan.steps)
+    copies = [tensor.clone() for tensor in inputs]
+    outputs = Executable(built.plan, threads=1)(*copies)
+    assert outputs[0] is copies[0]
+    for found, expected in zip(outputs, function(*inputs), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_what_reads_the_updated_cache_is_another_kernel() -> None:
     def function(cache: Tensor, rows: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         updated = ops.append_rows(cache, rows, past)

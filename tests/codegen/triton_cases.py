@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -33,7 +34,7 @@ from torchweld.codegen.ir import (
     Store,
     size_symbol,
 )
-from torchweld.codegen.triton import build_triton
+from torchweld.codegen.triton import TritonKernel, build_triton
 from torchweld.graph.formats import FORMATS, get_format
 from torchweld.graph.index import evaluate
 from torchweld.graph.terms import (
@@ -307,17 +308,21 @@ def make_tensors(case: Case, sizes: dict[str, int]) -> dict[str, Tensor]:
     return tensors
 
 
-def run_case(name: str, folder: Path) -> str | None:
-    """What is wrong with a case, or None."""
-    case = CASES[name]()
-    printed = build_triton(case.kernel)
-    path = folder / f"{name}.py"
+def load_printed(path: Path, printed: TritonKernel) -> ModuleType:
+    """A printed kernel and its launcher as a module, written to `path`."""
     path.write_text("import torch\nimport triton\nimport triton.language as tl\n\n\n" + printed.source
                     + "\n\n" + printed.launcher, encoding="utf-8")  # fmt: skip
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def run_case(name: str, folder: Path) -> str | None:
+    """What is wrong with a case, or None."""
+    case = CASES[name]()
+    module = load_printed(folder / f"{name}.py", build_triton(case.kernel))
     for sizes in case.sizes:
         sizes = {size: sizes[size] for size in case.kernel.sizes}
         if name == "bmm_linear" and sizes["B"] == 0:

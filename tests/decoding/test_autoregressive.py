@@ -133,3 +133,12 @@ def test_errors_name_the_prompt() -> None:
         decode_plain(model, [], chance=Dice(0), log=PassLog())
     with pytest.raises(DecodingError, match="prompt 1 has no tokens"):
         decode_plain(model, [Request((1,), 2), Request((), 2)], chance=Dice(0), log=PassLog())
+
+
+def test_statistics_count_the_tokens_of_all_texts() -> None:
+    log = PassLog()
+    requests = [Request((1,), 4), Request((2, 3), 2)]
+    given_out = list(decode_plain(ToyModel(WholeText(5)), requests, chance=Dice(0), log=log))
+    statistics = log.freeze(len(given_out))
+    assert (statistics.new_tokens, statistics.passes, statistics.rows) == (6, 3, 4)
+    assert statistics.given_in_passes == 4, "each text's first token comes from its prompt"

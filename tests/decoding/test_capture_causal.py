@@ -8,9 +8,11 @@ import transformers
 from torch import Tensor, nn
 
 import torchweld
+from tests.encoder_decoders import draw_source, hugging_face
 from tests.zoo import ZOO
 from torchweld.decoding.capture_causal import capture_causal
 from torchweld.graph.capture_errors import CaptureError
+from torchweld.graph.match import shape_of
 from torchweld.optimizer.compile import Options
 
 
@@ -49,7 +51,20 @@ def test_an_example_may_be_given() -> None:
     assert program.parameters == ("tokens",)
 
 
-def test_an_encoder_decoder_is_refused_by_name() -> None:
+def test_an_encoder_decoder_is_captured_over_both_texts() -> None:
     config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    with pytest.raises(CaptureError, match="cross attention has no state rule"):
-        torchweld.CachedModel.from_module(transformers.T5ForConditionalGeneration(config))
+    program = capture_causal(transformers.T5ForConditionalGeneration(config), verify=False)
+    read = {node.name: shape_of(node)[1] for node in program.placeholders if node.users}
+    assert set(read) == {"input_ids", "decoder_input_ids"}
+    assert read["input_ids"] != read["decoder_input_ids"], "two lengths that vary on their own"
+
+
+def test_what_an_encoder_reads_must_be_given_where_it_is_no_text() -> None:
+    model = hugging_face("whisper")
+    with pytest.raises(CaptureError, match="an example of all its inputs by name"):
+        capture_causal(model)
+    program = capture_causal(model, draw_source("whisper", 2, 0, 0), verify=False)
+    assert [node.name for node in program.placeholders if node.users] == [
+        "input_features",
+        "decoder_input_ids",
+    ]

@@ -45,6 +45,14 @@ def test_the_largest_uniform_number_stays_inside() -> None:
     assert Edge(0).draw(torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)) == 1
 
 
+def test_the_smallest_uniform_number_passes_over_weights_of_zero() -> None:
+    class Edge(Dice):
+        def _uniform(self) -> float:
+            return 0.0
+
+    assert Edge(0).draw(torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64)) == 1
+
+
 def test_frequencies() -> None:
     """Chi-square of 20,000 draws, fixed seed: 99.9 % of right dice pass with 3 degrees of freedom below 16.3."""
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)

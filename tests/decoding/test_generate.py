@@ -279,3 +279,12 @@ def test_public_names() -> None:
     assert torchweld.generate is generate and torchweld.generate_batch is generate_batch
     code = "import sys, torchweld; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+def test_the_beginning_of_a_stop_string_that_never_comes_is_given_out() -> None:
+    whole = generate(model(), "abc", tokenizer=Letters(), max_new_tokens=6, eos_token_id=()).text
+    assert whole
+    held = generate(
+        model(), "abc", tokenizer=Letters(), max_new_tokens=6, eos_token_id=(), stop_strings=whole[-1] + "\n"
+    )
+    assert held.text == whole and held.stop_string is None

@@ -97,6 +97,14 @@ def test_text_to_stdout_and_the_rest_to_stderr(torchweld: Runner) -> None:
     assert done.err.endswith("no cache: every pass read the whole text\n")
 
 
+def test_the_cache_is_the_rule_however_short_the_text(torchweld: Runner) -> None:
+    done = torchweld(*PROMPT, "--max-new-tokens", 4)
+    assert done.code == 0, done
+    assert done.err.count("\n") == 1 and "no cache" not in done.err
+    again = torchweld(*PROMPT, "--max-new-tokens", 4, "--recompute")
+    assert again.out == done.out and "no cache" in again.err
+
+
 def test_every_strategy_gives_one_text(torchweld: Runner, tmp_path: Path) -> None:
     plain = json.loads(torchweld(*PROMPT, "--tokens", 40, "--decode", "plain", "--json").out)
     assert plain["finish"] == "length" and len(plain["tokens"]) == 40

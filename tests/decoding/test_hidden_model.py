@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.decoding.toy_models import Markov, ToyModel
 from tests.tiny_models import VOCABULARY, tiny_model
 from torchweld.decoding.cached import CachedModel, NotDecodable
 from torchweld.decoding.capture_causal import capture_causal
 from torchweld.decoding.hidden_model import HiddenModel
+from torchweld.decoding.show_statistics import read_statistics
+from torchweld.decoding.statistics import Statistics
+from torchweld.decoding.step_model import DecodingError
 from torchweld.graph.capture import capture
 
 
@@ -21,6 +25,9 @@ def test_rows_of_a_tree_show_their_states(tmp_path: Path) -> None:
     program = capture_causal(tiny_model("llama", tmp_path))
     plain, model = CachedModel(program), HiddenModel.from_program(program, max_length=40)
     assert (model.vocab_size, model.features, model.max_length) == (VOCABULARY, 48, 40)
+    told = read_statistics(Statistics("medusa", 3, 4, 3, 0, 3, 0, 0, (), 3, 0.1, 0.2, 0.0), model)
+    assert told.bytes_per_pass is not None and told.bytes_per_pass > 1000
+    assert told.gb_s is not None and told.gb_s > 0.0 and told.share_of_read is not None
     prompt = [5, 9, 2]
     assert torch.equal(model.prefill([prompt]), plain.prefill([prompt]))
     assert model.hidden.shape == (1, 1, 48)
@@ -42,6 +49,11 @@ def test_rows_of_a_tree_show_their_states(tmp_path: Path) -> None:
     model.step(torch.tensor([[3]]))
     assert torch.equal(model.hidden[0, 0], state)
     assert model.truncate(2) == (4,) and model.lengths == (2,)
+
+
+def test_a_step_that_nothing_compiled_has_no_report() -> None:
+    with pytest.raises(DecodingError, match="a ToyModel; expected a CachedModel"):
+        HiddenModel(ToyModel(Markov(6)), 2).compiled()
 
 
 def test_a_model_without_an_output_head_is_refused() -> None:

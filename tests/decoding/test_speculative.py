@@ -204,6 +204,7 @@ def test_a_proposal_beyond_the_budget_is_refused() -> None:
     [
         (Request((), 3), "the prompt has no tokens"),
         (Request((1, 9), 3), "token 1 of the prompt is 9; expected 0 to 4"),
+        (Request((1, 5), 3), "token 1 of the prompt is 5; expected 0 to 4"),
         (Request((1,) * 9, 3), "the prompt has 9 tokens, more than the limit of 8"),
         (Request((1,), 0), "max_new_tokens is 0"),
     ],
@@ -276,3 +277,17 @@ def test_sampled_texts_have_the_plain_distribution() -> None:
     # Wilson-Hilferty: the 99.9 % point of chi-square.
     assert degrees > 50
     assert statistic < degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
+
+
+class EmptyTree(Guesser):
+    """A tree that holds no guess."""
+
+    def propose(self, context: Sequence[int], budget: Budget) -> Proposal:
+        return Proposal(parents=())
+
+
+def test_a_tree_without_guesses_is_a_plain_step() -> None:
+    request = Request((1, 2), 5)
+    model = ToyModel(WholeText(7))
+    assert list(loop(model, request, EmptyTree())) == plain(ToyModel(WholeText(7)), request)
+    assert model.lengths == (6,)

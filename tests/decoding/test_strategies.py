@@ -1,6 +1,7 @@
 """Every strategy on compiled models with derived caches: the plain text, and its logits bit for bit.
 
-Tiny models with random weights (full caches, rings that turn several times, a position table), then real ones.
+Tiny models with random weights: full caches, rings that turn several times, a position table. For real ones see
+tests/scripts/test_prove_strategies.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import pytest
 import torch
 
 from tests.decoding.guessing import RandomGuesser
-from tests.decoding.test_cached_weights import cached, loaded
 from tests.passes.test_drop_layers import Blocks
 from tests.tiny_models import VOCABULARY, tiny_inputs, tiny_model
 from torchweld.decoding.cached import CachedModel, normalised
@@ -134,31 +134,3 @@ def test_a_stream_that_cannot_be_cut_makes_no_draft() -> None:
     program = capture(Blocks((8, 8, 8, 8), side=True), (torch.tensor([[1, 2, 3]]),), verify=False)
     with pytest.raises(DecodingError, match=r"no draft can be made of Blocks: .*3 attentions in"):
         draft_program(program, torch.tensor([[1, 2, 3]]), 1)
-
-
-TEXTS = (
-    "The tallest mountain on Earth is",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-    "<|im_start|>user\nName three colours of the rainbow.<|im_end|>\n<|im_start|>assistant\n",
-    "one two three four one two three four one two",
-    "Copy: the quick brown fox jumps over the lazy dog. Copy: the quick brown",
-    '{"name": "Ada", "year": 1815}, {"name": "Alan", "year":',
-)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(("name", "count", "drop"), [("smollm2", 6, 4), ("gemma3", 1, 2)])
-def test_real_models_too(name: str, count: int, drop: int) -> None:
-    model, tokenizer = cached(name), loaded(name).tokenizer
-    assert tokenizer is not None
-    program = capture(loaded(name).module, loaded(name).example_inputs, verify=False)
-    draft = self_draft(program, torch.tensor([tokenizer.encode(TEXTS[0])]), drop=drop)
-    for text in TEXTS[:count]:
-        values: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 24, "logprobs": True}
-        plain = generate(model, text, **values)
-        reference = tokenizer.encode(text + (plain.text or ""))
-        for proposer in strategies(model, draft, reference):
-            got = generate(model, text, proposer=proposer, num_assistant_tokens_schedule="constant", **values)
-            same(got, plain, proposer)
-            assert got.text == plain.text

@@ -138,3 +138,9 @@ def test_nan_and_nothing_possible_are_refused() -> None:
         Warp().choose(torch.tensor([0.0, float("nan")]), [0])
     with pytest.raises(DecodingError, match="largest logit after 1 tokens is -inf"):
         Warp(do_sample=True).distribution(torch.tensor([-torch.inf, -torch.inf]), [0])
+
+
+def test_top_p_keeps_no_token_beyond_the_mass() -> None:
+    """Where some tokens reach the mass exactly, the next one is out, as it is for Hugging Face."""
+    row = Warp(True, top_p=0.5).distribution(torch.zeros(4), [])
+    assert row.tolist() == [0.5, 0.5, 0.0, 0.0]

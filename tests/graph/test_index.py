@@ -15,6 +15,7 @@ from torchweld.graph.index import (
     FloorDiv,
     Mod,
     Ranges,
+    delinearize,
     evaluate,
     is_nonnegative,
     linearize,
@@ -136,3 +137,13 @@ def test_linearize_is_the_contiguous_offset(shape: list[int]) -> None:
 def test_evaluate_names_what_is_missing() -> None:
     with pytest.raises(KeyError, match="no value for s1"):
         evaluate(S * T, {"s0": 2})
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), data=st.data())
+def test_quotient_and_rest_are_one_division(sizes: list[int], data: st.DataObject) -> None:
+    ranges = Ranges()
+    offset = data.draw(st.integers(0, prod(sizes) - 1))
+    index = delinearize(Integer(offset), [Integer(size) for size in sizes], ranges)
+    assert tuple(map(int, index)) == tuple(map(int, torch.unravel_index(torch.tensor(offset), tuple(sizes))))
+    a, b = Integer(offset), Integer(data.draw(st.integers(1, 9)))
+    assert ranges.divmod(a, b) == (ranges.floordiv(a, b), ranges.mod(a, b)) == divmod(offset, int(b))

@@ -52,10 +52,6 @@ MIXING: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     ),
     "fourier": (lambda m, ids, x: torch.fft.fft(x, dim=1).real, ("fft",)),
     "shift from the right": (lambda m, ids, x: x + F.pad(x, (0, 0, 0, 1))[:, 1:], ("pad", "slice")),
-    "counts of tokens that are not padding": (
-        lambda m, ids, x: x + m.places[(ids != 1).cumsum(1)],
-        ("cumsum",),
-    ),
 }
 
 

@@ -113,12 +113,41 @@ def test_batch_and_sequence_may_be_merged() -> None:
     assert any(along.axis == 0 for along in found.along.values())
 
 
+def test_convolutions_and_sums_are_carried_in_graph_order() -> None:
+    found = analysed(
+        lambda m, ids, x: F.conv1d(
+            F.pad(x.cumsum(1).transpose(1, 2), (2, 0)), m.kernel, groups=WIDTH
+        ).transpose(1, 2)
+    )
+    names = [str(node.target) for node in found.looking_back]
+    assert names == [
+        "aten.cumsum.default",
+        "torchweld.causal_convolution.default",
+        "torchweld.attention.default",
+    ]
+    assert found.carried == found.looking_back[:2]
+    assert [found.along[node] for node in found.carried] == [Along(1, tokens=True), Along(2, tokens=True)]
+
+
+def test_sums_over_features_carry_nothing() -> None:
+    assert analysed(lambda m, ids, x: x.cumsum(-1)).carried == ()
+
+
+def test_a_sum_of_positions_that_is_no_line_is_carried() -> None:
+    found = analysed(lambda m, ids, x: x + m.places[: x.shape[1]].cumsum(0))
+    assert [str(node.target) for node in found.carried] == ["aten.cumsum.default"]
+    assert found.along[found.carried[0]].tokens, "it cannot be computed from the position alone"
+
+
 REFUSALS: dict[str, tuple[Mix, str, str]] = {
     "mean": (lambda m, ids, x: x - x.mean(1, keepdim=True), "mean.dim", "a later token changes earlier outputs"),
     "sum of all": (lambda m, ids, x: x / x.sum(), "sum.default", "a later token changes earlier outputs"),
     "softmax": (lambda m, ids, x: x.softmax(1), "softmax.int", "a later token changes earlier outputs"),
     "maximum": (lambda m, ids, x: x - x.amax(1, keepdim=True), "amax", "a later token changes earlier outputs"),
-    "cumsum": (lambda m, ids, x: x.cumsum(1), "cumsum", "running state"),
+    "cumprod": (lambda m, ids, x: x.cumprod(1), "cumprod", "running state"),
+    "cumsum through the batch": (
+        lambda m, ids, x: x.reshape(-1, WIDTH).cumsum(0).reshape(x.shape), "cumsum", "one behind the other",
+    ),
     "flip": (lambda m, ids, x: x.flip(1), "flip", "S - 1 - t"),
     "first token": (lambda m, ids, x: x + x[:, :1], "slice", "a part of the sequence axis"),
     "one token": (lambda m, ids, x: x + x[:, 0][:, None], "select", "one position of the sequence axis"),
@@ -129,7 +158,7 @@ REFUSALS: dict[str, tuple[Mix, str, str]] = {
     ),
     "convolution": (
         lambda m, ids, x: F.conv1d(x.transpose(1, 2), m.kernel, padding=1, groups=WIDTH).transpose(1, 2),
-        "conv", "no rule shows",
+        "conv", "the convolution looks 1 position ahead: a kernel of 3 and 1 zeros in front",
     ),
     "reversed places": (
         lambda m, ids, x: x + m.places[torch.arange(x.shape[1]).flip(0)], "flip", "a later token",

@@ -135,6 +135,41 @@ def test_bad_arguments_are_named(
         call(*(torch.zeros(shape) for shape in shapes), kind=kind, window=window)
 
 
+@pytest.mark.parametrize(
+    "sinks",
+    [torch.zeros(3), torch.zeros(1, 4), torch.zeros(4, dtype=torch.int64)],
+    ids=["too few", "rank", "integers"],
+)
+def test_bad_sinks_are_named(sinks: Tensor) -> None:
+    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="one floating-point number for each of the 4 query heads"):
+        attention(q, k, k, None, "none", 0, 0.5, 0.0, sinks)
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
+def test_a_sink_is_a_key_whose_value_is_zero(soft_cap: float) -> None:
+    """Written as one more key: its score is not scaled, capped or hidden."""
+    q, k, v = heads(2, 4, 5, 8, 0), heads(2, 4, 5, 8, 1), heads(2, 4, 5, 3, 2)
+    sinks = torch.tensor([0.5, -1.0, 40.0, -math.inf], dtype=torch.float64)
+    scores = q @ k.mT * 0.5
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    scores = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -math.inf)
+    weights = torch.cat([scores, sinks.view(1, 4, 1, 1).expand(2, 4, 5, 1)], -1).softmax(-1)
+    expected = weights @ torch.cat([v, torch.zeros(2, 4, 1, 3, dtype=torch.float64)], 2)
+    found = attention(q, k, v, None, "causal", 0, 0.5, soft_cap, sinks)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_that_sees_nothing_gives_zero_beside_any_sink() -> None:
+    q, k, v = heads(1, 2, 5, 4, 0), heads(1, 2, 3, 4, 1), heads(1, 2, 3, 4, 2)
+    for sink in (3.0, -math.inf):
+        sinks = torch.full((2,), sink, dtype=torch.float64)
+        found = attention(q, k, v, None, "causal", 0, 0.5, 0.0, sinks)
+        assert torch.equal(found[0, :, :2], torch.zeros(2, 2, 4, dtype=torch.float64))
+        assert (found[0, :, 2:] != 0).all()
+
+
 class Attend(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.ops.torchweld.attention(q, k, v, None, "causal", 0, 0.5, 0.0)
@@ -166,6 +201,7 @@ def test_passes_torch_opcheck() -> None:
         1.0,
     )
     torch.library.opcheck(torch.ops.torchweld.attention.default, arguments)
+    torch.library.opcheck(torch.ops.torchweld.attention.default, (*arguments, torch.zeros(4)))
 
 
 def test_positional_visibility_by_hand() -> None:

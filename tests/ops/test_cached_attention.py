@@ -32,15 +32,17 @@ def draw_path(count: int, seed: int) -> Tensor:
 
 
 def by_hand(
-    query: Tensor, keys: Tensor, values: Tensor, positions: list[int], soft_cap: float, bias: Tensor | None
-) -> Tensor:
+    query: Tensor, keys: Tensor, values: Tensor, positions: list[int], soft_cap: float, bias: Tensor | None,
+    sink: Tensor | None,
+) -> Tensor:  # fmt: skip
     """One query head row [D] over the listed positions of keys [S, D] and values [S, Dv]."""
     scores = torch.stack([query @ keys[j] for j in positions]) * SCALE
     if soft_cap:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     if bias is not None:
         scores = scores + bias[positions]
-    return scores.softmax(0) @ values[positions]
+    total = scores.exp().sum() + (0 if sink is None else sink.exp())
+    return scores.exp() / total @ values[positions]
 
 
 @settings(max_examples=60)
@@ -54,11 +56,12 @@ def by_hand(
     tree=st.booleans(),
     biased=st.booleans(),
     soft_cap=st.sampled_from([0.0, 1.5]),
+    sunk=st.booleans(),
     seed=st.integers(0, 999),
 )
 def test_equals_a_loop_over_positions(
     lengths: list[int], count: int, groups: int, key_heads: int, window: int, spare: int, tree: bool,
-    biased: bool, soft_cap: float, seed: int,
+    biased: bool, soft_cap: float, sunk: bool, seed: int,
 ) -> None:  # fmt: skip
     """Rings are filled row by row as decoding does, then the new rows come at once, as a chain or as a tree."""
     batch, heads = len(lengths), groups * key_heads
@@ -75,7 +78,8 @@ def test_equals_a_loop_over_positions(
     path = torch.cat([draw_path(count, seed + b) for b in range(batch)]) if tree else None
     bias = draw(1, heads, 1, max(lengths) + count, seed=seed + 3) if biased and not window else None
     kind = "window" if window else "causal"
-    found = cached_attention(query, cache, cache, past, path, bias, kind, window, SCALE, soft_cap)
+    sinks = draw(heads, seed=seed + 4) if sunk else None
+    found = cached_attention(query, cache, cache, past, path, bias, kind, window, SCALE, soft_cap, sinks)
     for b, length in enumerate(lengths):
         for t in range(count):
             chain = list(range(t + 1)) if path is None else [int(row) for row in path[b, t] if row >= 0]
@@ -84,7 +88,8 @@ def test_equals_a_loop_over_positions(
             for h in range(heads):
                 rows = torch.cat([text[b, h // groups, :length], new[b, h // groups, chain]])
                 offset = None if bias is None else bias[0, h, 0]
-                expected = by_hand(query[b, h, t], rows, rows, seen, soft_cap, offset)
+                sink = None if sinks is None else sinks[h]
+                expected = by_hand(query[b, h, t], rows, rows, seen, soft_cap, offset, sink)
                 torch.testing.assert_close(found[b, h, t], expected, rtol=1e-12, atol=1e-12)
 
 
@@ -149,6 +154,7 @@ def test_append_names_a_bad_argument(rows: Tensor, past: Tensor, message: str) -
         ({"query": torch.zeros(2, 1, 3)}, "got ranks (3, 4, 4)"),
         ({"query": torch.zeros(1, 2, 1, 5)}, "differ in features"),
         ({"query": torch.zeros(1, 3, 1, 3)}, "3 query heads cannot be shared out over 2"),
+        ({"sinks": torch.zeros(1)}, "expected one floating-point number for each of the 2 query heads"),
     ],
 )
 def test_attention_names_a_bad_argument(changes: dict[str, object], message: str) -> None:
@@ -169,3 +175,4 @@ def test_passes_torch_opcheck() -> None:
     query = draw(2, 4, 2, 4, seed=1).float()
     arguments = (query, cache, cache, past, None, None, "window", 4, SCALE, 0.0)
     torch.library.opcheck(torch.ops.torchweld.cached_attention.default, arguments)
+    torch.library.opcheck(torch.ops.torchweld.cached_attention.default, (*arguments, torch.zeros(4)))

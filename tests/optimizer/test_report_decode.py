@@ -75,3 +75,12 @@ def test_fallbacks_are_shown() -> None:
         "slow", REPORT.layers, fallbacks=(Fallback("sort_1", "no kernel for it", "model.py:7"),)
     )
     assert "no kernel for it" in rendered(report, 80) and "sort_1" in report.to_markdown()
+
+
+def test_the_encoder_is_counted_by_itself() -> None:
+    cross = StateRecord(0, "cross", 0, 2, 16, 8, "float32", 192, "no mask in the source")
+    report = DecodeReport("tiny", REPORT.layers, crosses=(cross, cross))
+    assert report.bytes_per_token == REPORT.bytes_per_token
+    assert "2 cross attentions, 384 bytes per position of the source" in rendered(report, 120)
+    assert [entry["kind"] for entry in json.loads(report.to_json())["crosses"]] == ["cross", "cross"]
+    assert "cross attentions" not in rendered(REPORT, 120)

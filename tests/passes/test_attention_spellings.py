@@ -23,10 +23,11 @@ ATTENTION = torch.ops.torchweld.attention.default
 HEADS, SIZE, LENGTH, BATCH = 4, 8, 5, 2
 WIDTH = HEADS * SIZE
 Function = Callable[..., Any]
-Found = tuple[str, int, bool, float, int]
-"""(mask kind, window, is there a tensor mask, soft cap, key heads)."""
+Found = tuple[str, int, bool, float, int] | tuple[str, int, bool, float, int, bool]
+"""(mask kind, window, is there a tensor mask, soft cap, key heads, sinks)."""
 PLAIN: Found = ("none", 0, False, 0.0, HEADS)
 CAUSAL: Found = ("causal", 0, False, 0.0, HEADS)
+SUNK: Found = ("causal", 0, False, 0.0, HEADS, True)
 BIASED: Found = ("causal", 0, True, 0.0, HEADS)
 GROUPED: Found = ("none", 0, False, 0.0, 2)
 GROUPED_CAUSAL: Found = ("causal", 0, False, 0.0, 2)
@@ -121,6 +122,34 @@ def sinks(m: Any, q: Any, k: Any, v: Any) -> Any:
     scores = q @ k.mT * 0.5 + hidden(q)
     sink = m.slopes.view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
     return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
+
+
+def stable_sinks(m: Any, q: Any, k: Any, v: Any) -> Any:
+    """As transformers writes it."""
+    scores = q @ k.mT * 0.5 + hidden(q, torch.finfo(q.dtype).min)
+    both = torch.cat([scores, m.slopes.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)], dim=-1)
+    both = both - both.max(dim=-1, keepdim=True).values
+    weights = F.softmax(both, dim=-1, dtype=both.dtype)[..., :-1]
+    return F.dropout(weights, 0.1, m.training).to(v.dtype) @ v
+
+
+def sinks_in_front(m: Any, q: Any, k: Any, v: Any) -> Any:
+    sink = m.slopes[None, :, None, None].expand(q.shape[0], HEADS, q.shape[2], 1)
+    scores = torch.cat([sink, (q @ k.mT * 0.5).masked_fill(~below(q), -math.inf)], -1)
+    return scores.softmax(-1)[..., 1:] @ v
+
+
+def sinks_late_scale(m: Any, q: Any, k: Any, v: Any) -> Any:
+    scores = torch.where(below(q), q @ k.mT, torch.finfo(q.dtype).min) / 2.0
+    sink = m.slopes.view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
+
+
+def sinks_of_groups(m: Any, q: Any, k: Any, v: Any) -> Any:
+    q = q.unflatten(1, (2, 2))
+    scores = q @ k[:, :, None].mT * 0.5 + hidden(q)
+    sink = m.slopes.view(1, 2, 2, 1, 1).expand(*scores.shape[:-1], 1)
+    return (torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v[:, :, None]).flatten(1, 2)
 
 
 def where_tensor(m: Any, q: Any, k: Any, v: Any) -> Any:
@@ -368,6 +397,11 @@ SPELLINGS: dict[str, Spelled] = {
     "mask before the scale": Spelled(mask_before_scale),
     "mask with an axis in front": Spelled(wide_mask),
     "two masks": Spelled(added_twice),
+    "sinks": Spelled(sinks, SUNK),
+    "sinks, maximum taken off": Spelled(stable_sinks, SUNK),
+    "sinks in front": Spelled(sinks_in_front, SUNK),
+    "sinks, mask before the scale": Spelled(sinks_late_scale, SUNK),
+    "sinks of groups": Spelled(sinks_of_groups, (*GROUPED_CAUSAL, True), qkv(4, 2)),
     "merged batch and heads": Spelled(merged, ("causal", 0, False, 0.0, 1)),
     "merged and split again": Spelled(merged_and_split),
     "einsum, positions first": Spelled(einsum, heads_first=False),
@@ -406,7 +440,9 @@ def test_becomes_attention(name: str) -> None:
     node = case.only(ATTENTION)
     key: Any = node.args[1]
     kind, window, soft_cap = node.args[4], node.args[5], node.args[7]
-    assert (kind, window, node.args[3] is not None, soft_cap, key.meta["val"].shape[1]) == spelled.found
+    shown = (kind, window, node.args[3] is not None, soft_cap, key.meta["val"].shape[1])
+    assert shown == spelled.found[:5]
+    assert (len(node.args) == 9) == (spelled.found[5:] == (True,))
     assert node.meta["mask_proof"]
     case.assert_same_numbers(exact=False)
     other = [draw(1, part.shape[1] + 4, *part.shape[2:], seed=9 + n) for n, part in enumerate(spelled.inputs)]
@@ -420,7 +456,6 @@ NOT_OURS: dict[str, tuple[Function, str]] = {
     "sum over the queries": (wrong_sum, ""),
     "negative scale behind the mask": (negative_scale, "a mask stands before the scale or the soft cap"),
     "groups that read different keys": (mixed_groups, "do not have the axes"),
-    "attention sinks": (sinks, "a part of the weights is cut off (attention sinks?)"),
     "a mask per group": (mask_of_groups, "a mask has an axis of groups"),
 }
 

@@ -97,6 +97,43 @@ def test_biases_are_pooled_too() -> None:
     assert changed.outcome.applied == 2 and changed.max_abs < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["sinks", "alibi", "neither"])
+def test_numbers_per_head_stay_with_their_heads(kind: str) -> None:
+    """Heads do not change places where a mask or sinks are counted by them."""
+
+    class PerHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = with_equal_heads(llama(HEADS))
+            self.sinks = nn.Parameter(torch.tensor([2.0, -1.0, 0.5, 3.0]), requires_grad=False)
+
+        def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+            layer: Any = self.model.model.layers[0].self_attn  # type: ignore[union-attr, index]
+            x = self.model.model.embed_tokens(input_ids)  # type: ignore[union-attr, operator]
+            q, k, v = (
+                part(x).unflatten(-1, (HEADS, SIZE)).transpose(1, 2)
+                for part in (layer.q_proj, layer.k_proj, layer.v_proj)
+            )
+            place = torch.arange(x.shape[1])
+            scores = (q @ k.mT / SIZE**0.5).masked_fill(place[:, None] < place[None, :], -torch.inf)
+            if kind == "alibi":
+                weights = (scores + self.sinks[:, None, None] * place).softmax(-1)
+            elif kind == "sinks":
+                sinks = self.sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+                weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+            else:
+                weights = scores.softmax(-1)
+            mixed: Tensor = layer.o_proj((weights @ v).transpose(1, 2).flatten(2))
+            return mixed @ self.model.model.embed_tokens.weight.T  # type: ignore[union-attr, operator]
+
+    program = captured(PerHead().eval())
+    changed = change(program, ConvertAttentionHeads(2), flat(program))
+    assert changed.outcome.applied == 1
+    (node,) = changed.program.graph.find_nodes(op="call_function", target=ATTENTION)
+    assert node.meta["head_order"] == ((0, 2, 1, 3) if kind == "neither" else (0, 1, 2, 3))
+    assert (changed.max_abs < 1e-5) == (kind == "neither"), "neighbours are not equal"
+
+
 def test_groups_are_the_nearest_and_ties_go_to_the_lower_number() -> None:
     heads = torch.tensor([[1.0, 0], [0, 1], [0.9, 0.1], [0.1, 0.9]])
     assert group_alike([heads], 2) == [0, 2, 1, 3]

@@ -23,15 +23,22 @@ aten = torch.ops.aten
 WIDTH, HEADS, WORDS, PLACES, LENGTH = 12, 2, 19, 64, 11
 Positions = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Bias = Callable[[Tensor], Tensor]
+Sinks = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Decoder(nn.Module):
     """Two layers of attention with a mask of our choice, position by position otherwise, in float64."""
 
-    def __init__(self, positions: Positions, window: int | None = None, bias: Bias | None = None) -> None:
+    def __init__(
+        self,
+        positions: Positions,
+        window: int | None = None,
+        bias: Bias | None = None,
+        sinks: Sinks | None = None,
+    ) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(0)
-        self.positions, self.window, self.bias = positions, window, bias
+        self.positions, self.window, self.bias, self.sinks = positions, window, bias, sinks
         for name, shape in (("words", (WORDS, WIDTH)), ("places", (PLACES, WIDTH))):
             self.register_buffer(name, torch.randn(shape, generator=draw, dtype=torch.float64))
         for layer in range(2):
@@ -55,7 +62,12 @@ class Decoder(nn.Module):
         hidden = place[:, None] < place[None, :]
         if self.window is not None:
             hidden = hidden | (place[:, None] - place[None, :] >= self.window)
-        mixed = scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
+        scores = scores.masked_fill(hidden, -math.inf)
+        if self.sinks is None:
+            mixed = scores.softmax(-1) @ v
+        else:
+            sinks = self.sinks(self, place).reshape(1, HEADS, 1, 1).expand(batch, -1, length, -1)
+            mixed = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
         return mixed.permute(0, 2, 1, 3).reshape(batch, length, WIDTH)
 
 
@@ -98,6 +110,11 @@ def run_in_chunks(step: StepProgram, ids: Tensor, chunks: list[int]) -> Tensor:
     return torch.cat(results, 1)
 
 
+def learned_sinks(model: nn.Module, place: Tensor) -> Tensor:
+    """Any numbers of the model that are not equal: of a size that matters beside the scores."""
+    return model.get_buffer("words")[0, :HEADS] * 3 + 1
+
+
 POSITIONS: dict[str, Positions] = {
     "none": lambda m, ids, x: x,
     "arange": lambda m, ids, x: x + m.get_buffer("places")[torch.arange(x.shape[1])],
@@ -111,6 +128,8 @@ MODELS: dict[str, Callable[[], Decoder]] = {
     **{name: lambda name=name: Decoder(POSITIONS[name]) for name in POSITIONS},  # type: ignore[misc]
     "window": lambda: Decoder(POSITIONS["arange"], window=3),
     "alibi": lambda: Decoder(POSITIONS["none"], bias=lambda place: place.to(torch.float64) * 0.3),
+    "sinks": lambda: Decoder(POSITIONS["arange"], sinks=learned_sinks),
+    "sinks, window": lambda: Decoder(POSITIONS["arange"], window=3, sinks=learned_sinks),
 }
 
 
@@ -306,3 +325,31 @@ def test_a_mask_by_position_on_top_of_a_window_is_refused() -> None:
     model = Decoder(POSITIONS["none"], window=3, bias=lambda place: place.to(torch.float64) * 0.3)
     refusal = derive_step(normalised(model))
     assert isinstance(refusal, Refusal) and "left the ring" in refusal.reason
+
+
+def test_sinks_that_follow_the_length_are_refused() -> None:
+    def by_length(model: nn.Module, place: Tensor) -> Tensor:
+        return learned_sinks(model, place) * place.to(torch.float64).mean()
+
+    refusal = derive_step(normalised(Decoder(POSITIONS["none"], sinks=by_length)))
+    assert isinstance(refusal, Refusal) and refusal.node is not None
+    assert refusal.node.target is aten.mean.default or "mean" in refusal.reason, refusal
+
+
+def test_sinks_from_another_input_are_refused() -> None:
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = Decoder(POSITIONS["none"], sinks=lambda model, place: self.given)
+
+        def forward(self, ids: Tensor, given: Tensor) -> Tensor:
+            self.given = given
+            result: Tensor = self.decoder(ids)
+            return result
+
+    inputs = (torch.arange(14).reshape(2, 7), torch.ones(HEADS, dtype=torch.float64))
+    program = capture(Given().eval(), inputs, dynamic={"ids": [0, 1]}, verify=False)
+    for pass_ in (*CANONICALIZE, *RECOGNIZE):
+        run_pass(program.graph_module, pass_)
+    refusal = derive_step(program)
+    assert isinstance(refusal, Refusal) and "depend on other inputs" in refusal.reason, refusal

@@ -1,0 +1,166 @@
+"""Where the compiled step of a causal model comes from: the plans of earlier runs, or capture, derivation and fusion.
+
+    source = StepSource.of_module(llama, options=options)
+    step, compiled = source.compiled(is_tree=False)
+
+Nothing is captured before something needs it, and then once: a step that is kept (optimizer/warm_step.py) needs no
+graph at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from torchweld.decoding.capture_causal import capture_causal
+from torchweld.graph.program import Program
+from torchweld.graph.rewrite import Refusal, run_pass
+from torchweld.graph.sequence import describe_refusal
+from torchweld.optimizer.compile import Compiled, Options, compile_program
+from torchweld.optimizer.warm_step import StepStart, find_step_start
+from torchweld.passes import CANONICALIZE, RECOGNIZE
+from torchweld.passes.fill_padding_mask import fill_padding_mask
+from torchweld.passes.rewrite_kv_cache import StepProgram, derive_step, with_tree
+
+TYPICAL_PAST = 256
+"""Positions in the cache for which fusions are priced."""
+
+
+class NotDecodable(ValueError):
+    """No cache can be derived from this program: names the node, its op and its source line, and why."""
+
+    def __init__(self, name: str, refusal: Refusal) -> None:
+        super().__init__(f"{name} does not decode with a cache: {describe_refusal(refusal)}")
+        self.refusal = refusal
+
+
+def normalised(program: Program) -> Program:
+    """A copy of `program` in the spelling that `derive_step` reads; an attention mask over tokens is all ones there."""
+    copy = fill_padding_mask(program).copied()
+    for pass_ in (*CANONICALIZE, *RECOGNIZE):
+        run_pass(copy.graph_module, pass_)
+    return copy
+
+
+def derive(program: Program, tokens: str | None = None) -> StepProgram:
+    """The step program of a captured program; tokens: as for CachedModel. Raises NotDecodable."""
+    step = derive_step(normalised(program), tokens)
+    if isinstance(step, Refusal):
+        raise NotDecodable(program.name, step)
+    return step
+
+
+Phase = Callable[[str], AbstractContextManager[object]]
+"""Shows what is going on while it takes long: `with phase("capture"): ...`"""
+
+
+def _in_silence(name: str) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+class StepSource:
+    """The step of one model, for rows and for trees, with the options that it is compiled with.
+
+    program: captures the model when it is called; called at most once.  find_start: where the compiled step for rows
+    (False) or for trees (True) is kept; None where it is not.  tokens: as for CachedModel.
+    """
+
+    def __init__(
+        self,
+        program: Callable[[], Program],
+        options: Options | None = None,
+        find_start: Callable[[bool], StepStart | None] = lambda is_tree: None,
+        phase: Phase = _in_silence,
+        *,
+        tokens: str | None = None,
+    ) -> None:
+        self.options, self._tokens = options or Options(), tokens
+        self._capture, self._find_start, self._phase = program, find_start, phase
+        self._program: Program | None = None
+        self._step: StepProgram | None = None
+        self._looked_at: frozenset[str] = frozenset()
+
+    @classmethod
+    def of_module(
+        cls,
+        model: nn.Module,
+        example: Tensor | Mapping[str, Tensor] | None = None,
+        options: Options | None = None,
+        phase: Phase = _in_silence,
+        *,
+        tokens: str | None = None,
+    ) -> StepSource:
+        """Of a model and tokens that it accepts; see `capture_causal`."""
+        chosen = options or Options()
+
+        def find_start(is_tree: bool) -> StepStart | None:
+            if isinstance(example, Mapping):
+                return None
+            return find_step_start(model, (example,), chosen, (TYPICAL_PAST, is_tree, tokens))
+
+        return cls(lambda: capture_causal(model, example), chosen, find_start, phase, tokens=tokens)
+
+    @property
+    def is_captured(self) -> bool:
+        """Did anything need the graph so far?"""
+        return self._program is not None
+
+    @property
+    def program(self) -> Program:
+        """The captured program. Raises CaptureError."""
+        if self._program is None:
+            with self._phase("capture"):
+                self._program = self._capture()
+        return self._program
+
+    def compiled(self, *, is_tree: bool) -> tuple[StepProgram, Compiled]:
+        """The step and its executable; a step from the cache is a signature without its graph.
+
+        Raises CaptureError and NotDecodable, also for a model whose inputs are no tokens.
+        """
+        start = self._find_start(is_tree)
+        if start is not None:
+            with self._phase("load the kernels of"):
+                known = start.restore()
+            if known is not None:
+                return known
+        program = self.program
+        with nullcontext() if start is None else start.reads(self._looked_at):
+            with self._phase("derive the cache of"):
+                plain = self._derived(program)
+                step = with_tree(plain) if is_tree else plain
+            with self._phase("compile"):
+                compiled = compile_step(step, self.options)
+        if start is not None:
+            self._looked_at = start.looked_at
+            start.store(step, compiled)
+        return step, compiled
+
+    def _derived(self, program: Program) -> StepProgram:
+        if self._step is None:
+            step = derive(program, self._tokens)
+            if step.program.fake_inputs[0].dtype != torch.int64:  # type: ignore[attr-defined]
+                refusal = Refusal("the input holds no tokens (int64)", step.program.placeholders[0])
+                raise NotDecodable(program.name, refusal)
+            self._step = step
+        return self._step
+
+
+def compile_step(step: StepProgram, options: Options) -> Compiled:
+    """Compiled for the call that comes most often: one token behind a past of some length."""
+    examples = []
+    for node in step.program.placeholders:
+        value = node.meta["val"]
+        if value.dim() == 4:
+            # Only the shapes are read: one element stands for the whole past, or for the whole source.
+            sizes = enumerate(value.shape)
+            shape = [
+                size if isinstance(size, int) else TYPICAL_PAST + 1 if axis else 1 for axis, size in sizes
+            ]
+            examples.append(torch.empty((), dtype=value.dtype).expand(shape))
+        else:
+            examples.append(torch.zeros((1,) * value.dim(), dtype=value.dtype))
+    return compile_program(step.program, options=options, example_inputs=tuple(examples))
