@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -31,18 +32,22 @@ LENGTH = 12
 
 
 class Subject:
-    """A model with and without a cache; `run` is without."""
+    """A model with and without a cache; `run` is without, in float64."""
 
     def __init__(self, model: nn.Module, example: dict[str, Tensor], target: str) -> None:
         self.model, self.target = model.eval(), target
+        self.exact = deepcopy(model).double()
         self.cached = CachedModel.from_module(model, example, options=ONE_THREAD)
         assert self.cached.compiled().eager_reason is None
 
     def run(self, ids: Tensor, source: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
-            found: Any = self.model(**source, **{self.target: ids})
+            exact = {
+                name: value.double() if value.is_floating_point() else value for name, value in source.items()
+            }
+            found: Any = self.exact(**exact, **{self.target: ids})
         logits: Tensor = found if isinstance(found, Tensor) else found.logits
-        return logits
+        return logits.float()
 
 
 @lru_cache
@@ -63,14 +68,16 @@ def test_hugging_face_decodes_as_without_a_cache(name: str) -> None:
     found, ids = subject(name), draw_tokens(2, LENGTH, 2)
     source = draw_source(name, 2, 6, 3)
     expected = found.run(ids, source)
+    # The weights are large, so that greedy tokens vary; so are rounding errors, also those of the eager model.
+    close = {"rtol": 1e-4, "atol": 3e-5 * float(expected.abs().max())}
     prompts = [ids[0, :2].tolist(), ids[1, :5].tolist()]
     first = found.cached.prefill(prompts, **source)
-    torch.testing.assert_close(first[0], expected[0, 1], **CLOSE)
-    torch.testing.assert_close(first[1], expected[1, 4], **CLOSE)
+    torch.testing.assert_close(first[0], expected[0, 1], **close)
+    torch.testing.assert_close(first[1], expected[1, 4], **close)
     assert found.cached.truncate(2) == (0, 3)
     for start, end in pairwise((2, 3, 7, LENGTH)):
         logits = found.cached.step(ids[:, start:end], logits_for="all")
-        torch.testing.assert_close(logits, expected[:, start:end], **CLOSE)
+        torch.testing.assert_close(logits, expected[:, start:end], **close)
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
@@ -100,10 +107,11 @@ def test_the_mask_of_the_source_is_an_input(name: str) -> None:
     ids = draw_tokens(2, 7, 4)
     found = Subject(hugging_face(name), {**source, "decoder_input_ids": ids}, "decoder_input_ids")
     expected = found.run(ids, source)
-    torch.testing.assert_close(found.cached.prefill(ids[:, :4], **source), expected[:, 3], **CLOSE)
-    torch.testing.assert_close(found.cached.step(ids[:, 4:]), expected[:, 6:], **CLOSE)
+    close = {"rtol": 1e-4, "atol": 3e-5 * float(expected.abs().max())}
+    torch.testing.assert_close(found.cached.prefill(ids[:, :4], **source), expected[:, 3], **close)
+    torch.testing.assert_close(found.cached.step(ids[:, 4:]), expected[:, 6:], **close)
     short = {name: value[1:, :4] for name, value in source.items()}
-    torch.testing.assert_close(found.run(ids[1:], short), expected[1:], **CLOSE)
+    torch.testing.assert_close(found.run(ids[1:], short), expected[1:], **close)
 
 
 @pytest.mark.parametrize("variant", ["plain", "biased"])
@@ -208,13 +216,13 @@ def test_refused_with_the_reason(variant: str, reason: str) -> None:
 
 def test_the_tokens_may_be_named() -> None:
     example = {"source": draw_tokens(2, 9, 0), "target": draw_tokens(2, 7, 1)}
-    with pytest.raises(NotDecodable, match="without a causal mask"):
+    with pytest.raises(NotDecodable, match="flip of the sequence axis"):
         CachedModel.from_module(Translator(), example, tokens="source", options=ONE_THREAD)
     with pytest.raises(NotDecodable, match="no input 'text' that the graph reads; it reads"):
         CachedModel.from_module(Translator(), example, tokens="text", options=ONE_THREAD)
 
 
-def test_texts_of_one_length_are_refused_with_a_hint() -> None:
-    example = {"source": draw_tokens(2, 7, 0), "target": draw_tokens(2, 7, 1)}
-    with pytest.raises(NotDecodable, match="one tensor input, the tokens, is expected"):
-        CachedModel.from_module(Translator(), example, options=ONE_THREAD)
+def test_an_example_with_texts_of_one_length_ties_them_not_together() -> None:
+    found = Subject(Translator(), {"source": draw_tokens(2, 7, 0), "target": draw_tokens(2, 7, 1)}, "target")
+    ids, source = draw_tokens(2, 4, 2), {"source": draw_tokens(2, 9, 3)}
+    torch.testing.assert_close(found.cached.prefill(ids, **source), found.run(ids, source)[:, -1], **CLOSE)

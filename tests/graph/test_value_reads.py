@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from torchweld.graph.edit import fake_weight
 from torchweld.graph.value_reads import ValueReads, digest_values
 
 Look = Callable[[Tensor], object]
@@ -21,7 +23,7 @@ NOT_LOOKING: list[Look] = [
     lambda t: t.shape, lambda t: t.dtype, lambda t: t.numel(), lambda t: t.dim(), lambda t: t.is_contiguous(),
     lambda t: t.detach().contiguous(), lambda t: t.data_ptr(), lambda t: t.stride(), lambda t: t.device,
     lambda t: isinstance(t, torch.nn.Parameter), lambda t: t.is_floating_point(), lambda t: torch.ones(3) * 2,
-    lambda t: len(t),
+    lambda t: len(t), lambda t: t.is_inference(), lambda t: fake_weight(FakeTensorMode(), t),
 ]  # fmt: skip
 
 
