@@ -30,6 +30,8 @@ __all__ = ["CacheError", "CachedModel", "NotDecodable", "derive", "generate_cach
 
 CHUNK = 512
 """Rows of a sequence that run at once: more would cost memory (activations, larger rings) and gain no speed."""
+GUESSES = 64
+"""A step of so many rows may be one that verifies guesses: its larger ring stays until the next call, for truncate."""
 
 
 class CachedModel:
@@ -137,7 +139,9 @@ class CachedModel:
         self.cache = self._new_cache(len(rows))
         try:
             self.cache.check_room([row.shape[0] for row in rows])
-            return torch.cat([self._feed_alone(rows, first, last) for first, last in _runs(rows)])
+            logits = torch.cat([self._feed_alone(rows, first, last) for first, last in _runs(rows)])
+            self.cache.settle()
+            return logits
         except BaseException:
             self.cache, self._encoded = before, encoded_before
             raise
@@ -216,6 +220,7 @@ class CachedModel:
         compiled = self.compiled(is_tree=request.parents is not None)
         here = range(cache.batch)[first:last]
         lengths = cache.lengths[first:last]
+        cache.settle()
         rows = [request.rows if sequence in here else 0 for sequence in range(cache.batch)]
         cache.reserve(rows)
         cache.will_write(rows)
@@ -229,7 +234,10 @@ class CachedModel:
                     held.copy_(result)
             counts = dict(zip(here, request.counts, strict=True))
             cache.advance([counts.get(sequence, 0) for sequence in range(cache.batch)], request.parents)
-        finally:
+        except BaseException:
+            cache.settle()
+            raise
+        if request.rows > GUESSES:
             cache.settle()
         assert isinstance(logits, Tensor)
         return logits.reshape(len(lengths), -1, self.vocab_size)

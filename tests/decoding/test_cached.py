@@ -347,6 +347,19 @@ def test_a_ring_refuses_to_go_back_beyond_its_slots(folder: Path) -> None:
     torch.testing.assert_close(model.step(ids[:, -4:]), found.whole(ids)[:, -1:], **TOLERANCE)
 
 
+def test_a_long_chain_of_guesses_can_be_rolled_back_past_the_window(folder: Path) -> None:
+    """More guesses than the ring has spare slots: the ring came back before the guesses were judged."""
+    found = subject("gemma3_text", folder)
+    model, ids = found.cached, draw_ids(1, 4 * WINDOW, 11)
+    model.prefill(ids)
+    guesses = draw_ids(1, 3 * WINDOW, 12)
+    model.step(guesses, logits_for="all")
+    model.truncate(4 * WINDOW + 1)
+    text = torch.cat([ids, guesses[:, :2]], dim=1)
+    torch.testing.assert_close(model.step(guesses[:, 1:2]), found.whole(text)[:, -1:], **TOLERANCE)
+    assert min(tensor.shape[2] for tensor in model.cache.tensors()) == WINDOW + 4
+
+
 def test_position_table_is_a_limit(folder: Path) -> None:
     model = subject("gpt2", folder).cached
     assert model.max_length == 32
