@@ -38,7 +38,7 @@ template <class F> static inline void tw_fill_bf16(const uint8_t* group, int64_t
 #pragma GCC unroll 2
         for (int run = 0; run < runs; ++run) {
             tw_v16 d, m;
-            F::factors(group, runs * step + run, d, m);
+            tw_centered_factors<F>(group, runs * step + run, d, m);
 #pragma GCC unroll 8
             for (int q = 0; q < quads; ++q) {
                 const int j = run * quads + q;

@@ -82,7 +82,7 @@ static inline void tw_packed_few(const float* a, int64_t stride, int64_t rows, c
 #pragma GCC unroll 4
             for (int g = 0; g < G; ++g) {
                 tw_v16 d, m;
-                F::factors(base + g * group_bytes, runs * step + run, d, m);
+                tw_centered_factors<F>(base + g * group_bytes, runs * step + run, d, m);
 #pragma GCC unroll 8
                 for (int r = 0; r < M; ++r) {
                     const float sum = F::offset ? a_sums[(r < rows ? r : rows - 1) * (stride / 32) + step] : 0.0f;
@@ -154,7 +154,7 @@ __attribute__((noinline)) static void tw_packed_many(const float* a, int64_t str
         for (int g = 0; g < G; ++g) tw_unpack_step<F>(codes + g * group_bytes + step * F::code_bytes, w + g * 32 * 16);
         for (int run = 0; run < runs; ++run) {
             tw_v16 d[G], m[G];
-            for (int g = 0; g < G; ++g) F::factors(base + g * group_bytes, runs * step + run, d[g], m[g]);
+            for (int g = 0; g < G; ++g) tw_centered_factors<F>(base + g * group_bytes, runs * step + run, d[g], m[g]);
             for (int64_t r = 0; r < rows; r += R)
                 tw_packed_run<F, R, G>(a + r * stride + 32 * step + run * F::run, stride, rows - r,
                                        a_sums + r * (stride / 32) + step, w + run * F::run * 16, d, m,
