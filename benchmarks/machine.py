@@ -130,18 +130,6 @@ def matmul_gflops(dtype: torch.dtype, threads: int, size: int = 2048, repeats: i
         torch.set_num_threads(before)
 
 
-def better_ceilings(one: Target, other: Target) -> Target:
-    """The higher of each rate and the lower price of a launch: a disturbance only makes a ceiling look lower."""
-    return replace(
-        one,
-        read_gb_s=max(one.read_gb_s, other.read_gb_s),
-        f32_gflops=max(one.f32_gflops, other.f32_gflops),
-        bf16_gflops=max(one.bf16_gflops, other.bf16_gflops),
-        int8_gops=max(one.int8_gops, other.int8_gops),
-        launch_us=min(one.launch_us, other.launch_us),
-    )
-
-
 def read_cpu_times(path: Path = Path("/proc/stat")) -> CpuTimes | None:
     """The first line of /proc/stat in seconds; None where it cannot be read."""
     try:

@@ -90,7 +90,7 @@ def measured_target(cache: Cache) -> Target:
         return _rough_target(machine, cache)
     busy = busy or _others_running()
     if known is not None:
-        target = _better(target, known.target)
+        target = better_ceilings(target, known.target)
     cache.put_json(key, _target_json(target, busy), {"name": "ceilings of this machine"})
     return target
 
@@ -298,7 +298,7 @@ def _best_seconds(action: Callable[[], object]) -> float:
     return min(times)
 
 
-def _better(one: Target, other: Target) -> Target:
+def better_ceilings(one: Target, other: Target) -> Target:
     """The higher of each rate and the lower cost of a launch: disturbance only makes a ceiling look lower."""
     return replace(
         one,

@@ -2,7 +2,7 @@
 
 T rows at once need window + T - 1 slots: the first of them still sees window - 1 older positions, which the others must
 not overwrite. The spare slots serve steps of up to spare + 1 rows and rolling them back. A step of more rows works
-through a larger ring, which comes back when the step is done.
+through a larger ring, which comes back once no row of that step can be rolled back any more (decoding/cached.py).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ An encoder-decoder takes its source when a text begins: model.prefill([[0]], inp
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 
 import torch
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torchweld.codegen.cache import make_key
 from torchweld.decoding.cache import SPARE_ROWS, Cache, CacheError
 from torchweld.decoding.encoder import Encoded, Encoder
-from torchweld.decoding.greedy import DecodingError, next_token
+from torchweld.decoding.greedy import DecodingError
 from torchweld.decoding.step_model import LogitsFor
 from torchweld.decoding.step_request import StepRequest, check_prompts, read_request
 from torchweld.decoding.step_source import NotDecodable, StepSource, derive, normalised
 from torchweld.graph.program import Program
 from torchweld.optimizer.compile import Compiled, Options
 
-__all__ = ["CacheError", "CachedModel", "NotDecodable", "derive", "generate_cached", "normalised"]
+__all__ = ["CacheError", "CachedModel", "NotDecodable", "derive", "normalised"]
 
 CHUNK = 512
 """Rows of a sequence that run at once: more would cost memory (activations, larger rings) and gain no speed."""
@@ -250,24 +250,3 @@ def _runs(rows: list[Tensor]) -> Iterator[tuple[int, int]]:
         if last == len(rows) or rows[last].shape != rows[first].shape:
             yield first, last
             first = last
-
-
-def generate_cached(
-    model: CachedModel, ids: Tensor, max_new_tokens: int, eos: Collection[int] = ()
-) -> Iterator[int]:
-    """Yield up to `max_new_tokens` greedy tokens, as `decoding.greedy.generate` does by recomputing.
-
-    ids: the prompt, int64 [1, S] with S >= 1; it replaces what the model has cached. Of equal logits the lowest
-    token wins. Raises DecodingError for another prompt and for NaN, CacheError beyond the limit.
-    """
-    if ids.dim() != 2 or ids.shape[0] != 1:
-        raise DecodingError(
-            f"the prompt is {ids.dtype} {tuple(ids.shape)}; expected int64 [1, S] with S >= 1"
-        )
-    for count in range(max_new_tokens):
-        logits = model.step(ids) if count else model.prefill(ids)[:, None]
-        token = next_token(logits, 1)
-        if token in eos:
-            return
-        yield token
-        ids = torch.tensor([[token]], device=ids.device)

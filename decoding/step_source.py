@@ -17,16 +17,12 @@ from torch import Tensor, nn
 
 from torchweld.decoding.capture_causal import capture_causal
 from torchweld.graph.program import Program
-from torchweld.graph.rewrite import Refusal, run_pass
+from torchweld.graph.rewrite import Refusal
 from torchweld.graph.sequence import describe_refusal
-from torchweld.optimizer.compile import Compiled, Options, compile_program
+from torchweld.optimizer.compile import Compiled, Options
+from torchweld.optimizer.compile_step import TYPICAL_PAST, compile_step, normalise
 from torchweld.optimizer.warm_step import StepStart, find_step_start
-from torchweld.passes import CANONICALIZE, RECOGNIZE
-from torchweld.passes.fill_padding_mask import fill_padding_mask
 from torchweld.passes.rewrite_kv_cache import StepProgram, derive_step, with_tree
-
-TYPICAL_PAST = 256
-"""Positions in the cache for which fusions are priced."""
 
 
 class NotDecodable(ValueError):
@@ -38,11 +34,8 @@ class NotDecodable(ValueError):
 
 
 def normalised(program: Program) -> Program:
-    """A copy of `program` in the spelling that `derive_step` reads; an attention mask over tokens is all ones there."""
-    copy = fill_padding_mask(program).copied()
-    for pass_ in (*CANONICALIZE, *RECOGNIZE):
-        run_pass(copy.graph_module, pass_)
-    return copy
+    """A copy of `program` in the spelling that `derive_step` reads; see `optimizer.compile_step.normalise`."""
+    return normalise(program)[0]
 
 
 def derive(program: Program, tokens: str | None = None) -> StepProgram:
@@ -147,20 +140,3 @@ class StepSource:
                 raise NotDecodable(program.name, refusal)
             self._step = step
         return self._step
-
-
-def compile_step(step: StepProgram, options: Options) -> Compiled:
-    """Compiled for the call that comes most often: one token behind a past of some length."""
-    examples = []
-    for node in step.program.placeholders:
-        value = node.meta["val"]
-        if value.dim() == 4:
-            # Only the shapes are read: one element stands for the whole past, or for the whole source.
-            sizes = enumerate(value.shape)
-            shape = [
-                size if isinstance(size, int) else TYPICAL_PAST + 1 if axis else 1 for axis, size in sizes
-            ]
-            examples.append(torch.empty((), dtype=value.dtype).expand(shape))
-        else:
-            examples.append(torch.zeros((1,) * value.dim(), dtype=value.dtype))
-    return compile_program(step.program, options=options, example_inputs=tuple(examples))

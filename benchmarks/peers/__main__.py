@@ -18,13 +18,14 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.machine import MachineBusy, Watch, better_ceilings, ceilings, check_idle, describe
+from benchmarks.machine import MachineBusy, Watch, ceilings, check_idle, describe
 from benchmarks.peers.session import Plan, measure_models, with_ceiling
 from benchmarks.peers.systems import MODELS, chosen_systems
 from benchmarks.plot import to_svg
 from benchmarks.publish import Circumstances, report, update_page, write_results
 from benchmarks.rows import FORMATS, Format, render, write_text
 from benchmarks.verdicts import to_markdown, verdicts
+from torchweld.codegen.probe import better_ceilings
 
 BUSY_CODE = 3
 

@@ -8,8 +8,8 @@
 //   pairs    2 vectors: bits 2q, 2q + 1 of byte b of vector h are bits 4 and 5 of column 16h + 4q + b
 //   dense    16 numbers of every column
 // A format says: `run` columns share a scale (d) and an offset (m); `unpack`, columns 4j to 4j + 3 of a step of 32 as
-// whole numbers q; `codes`, the same as bytes q + zero; `factors`, d and m of a run. value = d * q + m. Bytes and
-// padding: codegen/runtime/pack.cpp.
+// whole numbers q; `codes`, the same as bytes q + zero; `factors`, d and m of a run. value = d * q + m. `center` is
+// what `unpack` takes off codes without a sign (tw_centered_factors). Bytes and padding: codegen/runtime/pack.cpp.
 
 typedef uint32_t tw_u32x16 __attribute__((vector_size(64)));
 typedef tw_u32x16 tw_u32x16_any __attribute__((aligned(1), may_alias));

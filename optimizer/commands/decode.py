@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
-import torch
 from rich.console import Console
 
 from torchweld.graph.program import Program
-from torchweld.graph.rewrite import PassOutcome, Refusal, run_pass
+from torchweld.graph.rewrite import PassOutcome, Refusal
 from torchweld.graph.sequence import describe_refusal
 from torchweld.optimizer.commands.subject import Subject, Wish, capture_subject
-from torchweld.optimizer.compile import Compiled, Options, compile_program
+from torchweld.optimizer.compile import Options
+from torchweld.optimizer.compile_step import compile_step, normalise
 from torchweld.optimizer.report_decode import DecodeReport, StateRecord
-from torchweld.passes import CANONICALIZE, RECOGNIZE, recognize_attention
-from torchweld.passes.fill_padding_mask import fill_padding_mask
-from torchweld.passes.rewrite_kv_cache import StepProgram, derive_step
-
-TYPICAL_PAST: Final = 256
-"""Positions in the cache for which fusions are priced."""
+from torchweld.passes import recognize_attention
+from torchweld.passes.rewrite_kv_cache import derive_step
 
 
 def explain_decoding(
@@ -30,8 +25,7 @@ def explain_decoding(
     For a Hugging Face model: `explain_decoding(capture_causal(model))`. Where no step can be derived the report holds
     the refusal: nothing is raised.
     """
-    copy = fill_padding_mask(program).copied()
-    outcomes = [run_pass(copy.graph_module, pass_) for pass_ in (*CANONICALIZE, *RECOGNIZE)]
+    copy, outcomes = normalise(program)
     step = derive_step(copy)
     title = name or program.name
     if isinstance(step, Refusal):
@@ -56,22 +50,6 @@ def first_cause(outcomes: Sequence[PassOutcome], refusal: Refusal) -> str:
     if not missed:
         return describe_refusal(refusal)
     return f"an attention is not recognised: {describe_refusal(missed[0])}"
-
-
-def compile_step(step: StepProgram, options: Options) -> Compiled:
-    """A step compiled for the call that comes most often: one token behind a past of some length."""
-    examples = []
-    for node in step.program.placeholders:
-        value = node.meta["val"]
-        if value.dim() == 4:  # only the shapes are read: one element stands for the whole cache or source
-            sizes = enumerate(value.shape)
-            shape = [
-                size if isinstance(size, int) else TYPICAL_PAST + 1 if axis else 1 for axis, size in sizes
-            ]
-            examples.append(torch.empty((), dtype=value.dtype).expand(shape))
-        else:
-            examples.append(torch.zeros((1,) * value.dim(), dtype=value.dtype))
-    return compile_program(step.program, options=options, example_inputs=tuple(examples))
 
 
 def explain_subject_decoding(subject: Subject, wish: Wish) -> DecodeReport:

@@ -13,13 +13,11 @@ from benchmarks.machine import (
     Disturbance,
     MachineBusy,
     Watch,
-    better_ceilings,
     describe,
     process_seconds,
     read_cpu_times,
     refuse_if_busy,
 )
-from torchweld.graph.target import SM_80
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -94,20 +92,6 @@ def test_idle_and_unknown_machines_are_not_refused() -> None:
     refuse_if_busy(Disturbance(BUSY_SHARE / 2, 0.0, 9.0), allow_busy=False)
     refuse_if_busy(Disturbance(None, None, None), allow_busy=False)
     assert "unknown" in str(Disturbance(None, None, None))
-
-
-def test_the_better_ceiling_counts() -> None:
-    one = SM_80.ceilings()
-    other = replace(
-        one, read_gb_s=one.read_gb_s * 2, f32_gflops=one.f32_gflops / 2, launch_us=one.launch_us / 2
-    )
-    best = better_ceilings(one, other)
-    assert (best.read_gb_s, best.f32_gflops, best.launch_us) == (
-        other.read_gb_s,
-        one.f32_gflops,
-        other.launch_us,
-    )
-    assert best == better_ceilings(other, one)
 
 
 def test_description_names_a_file() -> None:

@@ -15,10 +15,10 @@ import pytest
 
 from torchweld.codegen import probe
 from torchweld.codegen.cache import Cache, JsonValue
-from torchweld.codegen.probe import Machine, describe_machine, measure, measured_target
+from torchweld.codegen.probe import Machine, better_ceilings, describe_machine, measure, measured_target
 from torchweld.codegen.probe_source import PROBE_SOURCE
 from torchweld.codegen.toolchain import compile_shared, cpu_features, find_compiler, load
-from torchweld.graph.target import Target
+from torchweld.graph.target import SM_80, Target
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
 
@@ -206,3 +206,17 @@ def test_buffer_is_larger_than_the_cache_within_limits(monkeypatch: pytest.Monke
     for l3, wished in [(0, 256), (32, 256), (300, 600), (4096, 1024)]:
         size = probe._buffer_bytes(Machine("m", (0,), 0, l3 << 20))
         assert size == wished << 20 or math.isclose(size, free, rel_tol=0.3)
+
+
+def test_the_better_ceiling_counts() -> None:
+    one = SM_80.ceilings()
+    other = replace(
+        one, read_gb_s=one.read_gb_s * 2, f32_gflops=one.f32_gflops / 2, launch_us=one.launch_us / 2
+    )
+    best = better_ceilings(one, other)
+    assert (best.read_gb_s, best.f32_gflops, best.launch_us) == (
+        other.read_gb_s,
+        one.f32_gflops,
+        other.launch_us,
+    )
+    assert best == better_ceilings(other, one)
