@@ -24,9 +24,10 @@ from torchweld.codegen.cache import Cache
 from torchweld.codegen.cpp import FLAGS, PrintedUnit, print_unit
 from torchweld.codegen.cpp_names import PrintError
 from torchweld.codegen.cpp_packed import Precision
+from torchweld.codegen.ir import Kernel
 from torchweld.codegen.packed_plan import PackedConstants
-from torchweld.codegen.plan import EagerStep, Launch, Plan, PlanError, SizeTable, ValueSpec, work
-from torchweld.codegen.plan_inputs import bind_sizes, check_tensors, check_updated
+from torchweld.codegen.plan import EagerStep, Launch, Plan, PlanError, SizeTable, ValueSpec, Work, work
+from torchweld.codegen.plan_inputs import InputChecks, bind_sizes
 from torchweld.codegen.plan_memory import ALIGNMENT, Lifetime, MemoryPlan, plan_memory
 from torchweld.codegen.runtime.team import MOST_ARGUMENTS, LaunchRecord, Team, shared_team
 from torchweld.codegen.toolchain import ToolchainError, compile_shared, load
@@ -68,6 +69,17 @@ class _Binding:
     kept: tuple[object, ...]
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A launch as far as it does not depend on sizes."""
+
+    kernel: Kernel
+    function: int
+    slots: ctypes.Array[ctypes.c_int32]
+    arguments: int
+    work: tuple[Work, ...]
+
+
 class Executable:
     """A plan, compiled. Call it with the plan's inputs to get its outputs.
 
@@ -101,9 +113,12 @@ class Executable:
             name: tensor.detach().contiguous() for name, tensor in kept.items()
         } | self._packed.data
         self._slots = _number_slots(plan)
+        self._input_slots = [self._slots[spec.name] for spec in plan.inputs]
+        self._checks = InputChecks(plan)
         self._unit, self._team, self._functions = self._build()
         shared = max((len(function.shared) for function in self._unit.functions), default=0)
         self._shared = [torch.zeros(0, dtype=torch.uint8) for _ in range(shared)]
+        self._prepared = self._prepare()
         self._pointers = (ctypes.c_void_p * max(1, len(self._slots) + shared))()
         for name, tensor in self._constants.items():
             self._pointers[self._slots[name]] = tensor.data_ptr()
@@ -134,6 +149,20 @@ class Executable:
         address = {s: ctypes.cast(getattr(library, s), ctypes.c_void_p).value or 0 for s in unit.symbols}
         return unit, team, tuple(address[function.name] for function in unit.functions)
 
+    def _prepare(self) -> tuple[_Prepared, ...]:
+        """Of every launch what does not depend on sizes; a kernel that many launches share is looked at once."""
+        works: dict[int, tuple[Work, ...]] = {}
+        prepared = []
+        for launch, function, address in zip(
+            self._launches, self._unit.functions, self._functions, strict=True
+        ):
+            places = [self._slots[name] for name in launch.arguments]
+            places += [len(self._slots) + number for number in range(len(function.shared))]
+            slots = (ctypes.c_int32 * max(1, len(places)))(*places)
+            works.setdefault(id(launch.kernel), work(launch.kernel))
+            prepared.append(_Prepared(launch.kernel, address, slots, len(places), works[id(launch.kernel)]))
+        return tuple(prepared)
+
     @property
     def threads(self) -> int:
         """Threads that share the work of a launch."""
@@ -162,18 +191,16 @@ class Executable:
         ValueError for an updated input that is not contiguous or given twice, IndexError naming the kernel where an
         index is outside its table.
         """
-        check_tensors(self.plan, inputs)
-        check_updated(self.plan, inputs)
-        tensors = [tensor.detach().contiguous() for tensor in inputs]
         with self._lock:
             self._calls += 1
+            tensors = self._checks(inputs)
             self._renew_packed()
             binding = self._binding(inputs)
             self._place(binding)
-            values = dict(zip((spec.name for spec in self.plan.inputs), tensors, strict=True))
-            for name, tensor in values.items():
-                self._pointers[self._slots[name]] = tensor.data_ptr()
-            given = dict(zip((spec.name for spec in self.plan.inputs), inputs, strict=True))
+            names = [spec.name for spec in self.plan.inputs]
+            values, given = dict(zip(names, tensors, strict=True)), dict(zip(names, inputs, strict=True))
+            for slot, tensor in zip(self._input_slots, tensors, strict=True):
+                self._pointers[slot] = tensor.data_ptr()
             for name, source in self.plan.in_place.items():
                 values[name], given[name] = values[source], given[source]
                 self._pointers[self._slots[name]] = values[source].data_ptr()
@@ -234,7 +261,7 @@ class Executable:
     # -- what follows from the shapes ---------------------------------------------------------------------------------
 
     def _binding(self, inputs: Sequence[Tensor]) -> _Binding:
-        key = tuple(tuple(tensor.shape) for tensor in inputs)
+        key = tuple([tensor.shape for tensor in inputs])
         if key in self._bindings:
             self._bindings.move_to_end(key)
             return self._bindings[key]
@@ -252,20 +279,27 @@ class Executable:
                 for s, a, b in self._arena_values
             ]
         )
-        kept: list[object] = []
+        sizes: dict[int, ctypes.Array[ctypes.c_int64]] = {}
+        solo: dict[int, int] = {}
         segments: list[ctypes.Array[LaunchRecord] | EagerStep] = []
         groups: list[tuple[Launch, ...]] = []
-        number = 0
+        prepared = iter(self._prepared)
         for group in _segments(self.plan):
             if isinstance(group, EagerStep):
                 segments.append(group)
                 groups.append(())
                 continue
             records = (LaunchRecord * len(group))()
-            for position, launch in enumerate(group):
-                shared = len(self._unit.functions[number].shared)
-                self._fill_record(records[position], launch, self._functions[number], shared, table, kept)
-                number += 1
+            for record in records:
+                launch = next(prepared)
+                key = id(launch.kernel)
+                if key not in sizes:
+                    names = launch.kernel.sizes
+                    sizes[key] = (ctypes.c_int64 * max(1, len(names)))(*(table.sizes[n] for n in names))
+                    solo[key] = self._threads == 1 or sum(w(table) for w in launch.work) < _SOLO_WORK
+                record.kernel, record.slots = launch.function, ctypes.addressof(launch.slots)
+                record.sizes, record.arguments = ctypes.addressof(sizes[key]), launch.arguments
+                record.solo = solo[key]
             segments.append(records)
             groups.append(group)
         room = max((table(expr) for f in self._unit.functions for expr in f.scratch), default=0)
@@ -275,28 +309,9 @@ class Executable:
         for function in self._unit.functions:
             for number, need in enumerate(function.shared):
                 rooms[number] = max(rooms[number], need.nbytes(table, self._threads))
-        return _Binding(table, memory, tuple(segments), tuple(groups), stride, tuple(rooms), tuple(kept))
-
-    def _fill_record(
-        self,
-        record: LaunchRecord,
-        launch: Launch,
-        function: int,
-        shared: int,
-        table: SizeTable,
-        kept: list[object],
-    ) -> None:
-        places = [self._slots[name] for name in launch.arguments]
-        places += [len(self._slots) + i for i in range(shared)]
-        slots = (ctypes.c_int32 * max(1, len(places)))(*places)
-        sizes = (ctypes.c_int64 * max(1, len(launch.kernel.sizes)))(
-            *(table.sizes[s] for s in launch.kernel.sizes)
+        return _Binding(
+            table, memory, tuple(segments), tuple(groups), stride, tuple(rooms), tuple(sizes.values())
         )
-        kept += [slots, sizes]
-        record.kernel = function
-        record.slots, record.sizes = ctypes.addressof(slots), ctypes.addressof(sizes)
-        record.arguments = len(places)
-        record.solo = int(self._threads == 1 or work(launch.kernel, table) < _SOLO_WORK)
 
     def _place(self, binding: _Binding) -> None:
         """Point the values of the arena to their places for this binding."""

@@ -27,13 +27,13 @@ from torchweld.codegen.ir import (
     Store,
     part_binds,
 )
-from torchweld.codegen.packing import GROUP, LAYOUT, STORED, Packing, columns_of, shared_packer, version
+from torchweld.codegen.packing import GROUP, LAYOUT, STORED, Packing, columns_of, shared_packer
 from torchweld.codegen.plan import EagerStep, Launch, Plan
 from torchweld.codegen.release_pages import release_file_pages
 from torchweld.graph.formats import get_format
 from torchweld.graph.terms import Axis, Contract, Decode, Expr, Load, Op, Term, children, rebuild, walk
 
-_NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
+_NUMBERS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _LEAST_ROWS = 64  # below, the rows that fill up the last group may be a good part of the weight
 
 
@@ -70,7 +70,9 @@ def _packed_format(buffer: Buffer, tensor: Tensor, use: bool | None, precision: 
         return None
     if buffer.format is not None:
         return buffer.format if buffer.format in STORED and tensor.dtype == torch.uint8 else None
-    return "BF16" if use and precision != "f32" and tensor.dtype in _NUMBERS else None
+    if not use or tensor.dtype not in _NUMBERS:
+        return None
+    return _NUMBERS[tensor.dtype] if precision == "f32" else "BF16"
 
 
 def _uses(kernel: Kernel) -> dict[str, bool | None]:
@@ -125,6 +127,8 @@ class PackedConstants:
         self._threads = threads
         self._packer = shared_packer(cache) if self._packings else None
         self.data: dict[str, Tensor] = {}
+        # Tensors made in inference mode have no version.
+        self._watched = [p.tensor for p in self._packings.values() if not p.tensor.is_inference()]
         self._versions: list[int] = []
         self._pack()
 
@@ -140,7 +144,7 @@ class PackedConstants:
         return release_file_pages([packing.tensor for packing in self._packings.values()])
 
     def _current(self) -> list[int]:
-        return [version(packing.tensor) for packing in self._packings.values()]
+        return [tensor._version for tensor in self._watched]
 
     def renewed(self) -> dict[str, Tensor]:
         """What had to be packed again, because somebody wrote to the weights."""

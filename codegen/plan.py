@@ -146,20 +146,36 @@ class SizeTable:
         return tuple(self(extent) for extent in spec.shape)
 
 
-def work(kernel: Kernel, table: SizeTable) -> int:
-    """About how many vectorized element operations a launch takes: for deciding whether it is worth sharing out."""
-    return sum(_part_work(part, table) for part in kernel.parts)
+@dataclass(frozen=True)
+class Work:
+    """About how many vectorized element operations a part takes: the points of `grid`, times `base` and the sum of the
+    points of every one of `inner` divided by `vector`."""
+
+    grid: tuple[Expr, ...]
+    inner: tuple[tuple[Expr, ...], ...]
+    base: int
+    vector: int
+
+    def __call__(self, table: SizeTable) -> int:
+        """The number for one binding of the sizes."""
+        inner = sum(prod(map(table, extents)) for extents in self.inner)
+        return prod(map(table, self.grid)) * (self.base + inner // self.vector)
 
 
-def _part_work(part: Part, table: SizeTable) -> int:
-    def points(axes: tuple[Axis, ...]) -> int:
-        return prod(table(axis.extent) for axis in axes)
+def work(kernel: Kernel) -> tuple[Work, ...]:
+    """The work of a kernel's parts: for deciding whether a launch is worth sharing out."""
+    return tuple(_part_work(part) for part in kernel.parts)
+
+
+def _part_work(part: Part) -> Work:
+    def extents(*axes: Axis) -> tuple[Expr, ...]:
+        return tuple(axis.extent for axis in axes)
 
     if isinstance(part, RowPart):
-        folds = sum(points(t.axes) for t in part_terms(part) if isinstance(t, Fold))
-        return points(part.grid) * (points(part.inner) + folds)
+        folds = [extents(*term.axes) for term in part_terms(part) if isinstance(term, Fold)]
+        return Work(extents(*part.grid), (extents(*part.inner), *folds), 0, 1)
     if isinstance(part, MatmulPart):
-        depth = sum(table(t.k.extent) for t in part_terms(part) if isinstance(t, Contract))
-        return points(part_axes(part)) * (1 + depth // 8)
+        depths = tuple(extents(term.k) for term in part_terms(part) if isinstance(term, Contract))
+        return Work(extents(*part_axes(part)), depths, 1, 8)
     attend = next(t for t in part_terms(part) if isinstance(t, Attend))
-    return points((*part.batch, part.t)) * points((attend.s,)) * (1 + points((part.feature,)) // 8)
+    return Work(extents(*part.batch, part.t, attend.s), (extents(part.feature),), 1, 8)

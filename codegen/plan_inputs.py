@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -15,41 +16,81 @@ class ShapeError(ValueError):
     """An input of a shape that the plan does not serve; names the input, the dimension and what was expected."""
 
 
-def check_tensors(plan: Plan, inputs: Sequence[Tensor]) -> None:
-    """Raise TypeError or ShapeError unless number, type, device, dtype and rank of `inputs` are those of the plan."""
-    if len(inputs) != len(plan.inputs):
-        names = ", ".join(spec.name for spec in plan.inputs)
-        raise TypeError(f"expected {len(plan.inputs)} inputs ({names}), got {len(inputs)}")
-    for number, (spec, tensor) in enumerate(zip(plan.inputs, inputs, strict=True)):
-        where = f"input {number} ({spec.name})"
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{where}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-            raise TypeError(
-                f"{where}: expected a dense tensor on the CPU, got {tensor.layout} on {tensor.device}"
-            )
-        if tensor.dtype != spec.dtype:
-            raise TypeError(f"{where}: expected {spec.dtype}, got {tensor.dtype}")
-        if tensor.dim() != len(spec.shape):
-            raise ShapeError(f"{where}: expected shape {_shape_text(spec)}, got {tuple(tensor.shape)}")
+class InputChecks:
+    """Checks the tensors of a call: number, type, device, dtype, rank; what is updated in place, more strictly.
+
+    A cache hands over the same tensors at every step: those that stood in the same place at the last call are only
+    compared with it (by identity, address and shape).
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._specs = tuple(plan.inputs)
+        updated = set(plan.in_place.values())
+        self._updated = tuple(number for number, spec in enumerate(plan.inputs) if spec.name in updated)
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, torch.Size]] = {}
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs, detached and contiguous.
+
+        Raises TypeError for a wrong number, type, device or dtype, ShapeError for a wrong rank, ValueError for an input
+        updated in place that is not contiguous or has the memory of another.
+        """
+        if len(inputs) != len(self._specs):
+            names = ", ".join(spec.name for spec in self._specs)
+            raise TypeError(f"expected {len(self._specs)} inputs ({names}), got {len(inputs)}")
+        known = {number for number in self._updated if self._is_known(number, inputs[number])}
+        for number, (spec, tensor) in enumerate(zip(self._specs, inputs, strict=True)):
+            if number not in known:
+                _check_tensor(number, spec, tensor)
+        if len(known) < len(self._updated):
+            self._check_updated(inputs)
+        return [
+            tensor if number in known and not tensor.requires_grad else tensor.detach().contiguous()
+            for number, tensor in enumerate(inputs)
+        ]
+
+    def _is_known(self, number: int, tensor: Tensor) -> bool:
+        before = self._known.get(number)
+        return (
+            before is not None
+            and before[0]() is tensor
+            and tensor.data_ptr() == before[1]
+            and tensor.shape == before[2]
+            and tensor.is_contiguous()
+        )
+
+    def _check_updated(self, inputs: Sequence[Tensor]) -> None:
+        self._known = {}
+        seen: dict[int, str] = {}
+        for number in self._updated:
+            spec, tensor = self._specs[number], inputs[number]
+            where = f"input {number} ({spec.name}), which is updated in place"
+            if not tensor.is_contiguous():
+                strides = tuple(tensor.stride())
+                raise ValueError(
+                    f"{where}: expected a contiguous tensor, got strides {strides}; call .contiguous()"
+                )
+            twin = seen.setdefault(tensor.data_ptr(), spec.name) if tensor.numel() else spec.name
+            if twin != spec.name:
+                raise ValueError(f"{where}: expected memory of its own, got that of {twin}")
+        self._known = {
+            number: (weakref.ref(inputs[number]), inputs[number].data_ptr(), inputs[number].shape)
+            for number in self._updated
+        }
 
 
-def check_updated(plan: Plan, inputs: Sequence[Tensor]) -> None:
-    """Raise ValueError unless every input that is updated in place is contiguous and memory of its own."""
-    updated = set(plan.in_place.values())
-    seen: dict[int, str] = {}
-    for number, (spec, tensor) in enumerate(zip(plan.inputs, inputs, strict=True)):
-        if spec.name not in updated:
-            continue
-        where = f"input {number} ({spec.name}), which is updated in place"
-        if not tensor.is_contiguous():
-            strides = tuple(tensor.stride())
-            raise ValueError(
-                f"{where}: expected a contiguous tensor, got strides {strides}; call .contiguous()"
-            )
-        twin = seen.setdefault(tensor.data_ptr(), spec.name) if tensor.numel() else spec.name
-        if twin != spec.name:
-            raise ValueError(f"{where}: expected memory of its own, got that of {twin}")
+def _check_tensor(number: int, spec: ValueSpec, tensor: Tensor) -> None:
+    where = f"input {number} ({spec.name})"
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{where}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise TypeError(
+            f"{where}: expected a dense tensor on the CPU, got {tensor.layout} on {tensor.device}"
+        )
+    if tensor.dtype != spec.dtype:
+        raise TypeError(f"{where}: expected {spec.dtype}, got {tensor.dtype}")
+    if tensor.dim() != len(spec.shape):
+        raise ShapeError(f"{where}: expected shape {_shape_text(spec)}, got {tuple(tensor.shape)}")
 
 
 def bind_sizes(plan: Plan, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:

@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from torchweld.decoding.chance import Chance
@@ -67,25 +69,26 @@ def judge(proposal: Proposal, logits: Tensor, text: Sequence[int], warp: Warp, c
         accepted = places
 
 
-def _settle(p: Tensor, proposal: Proposal, siblings: Sequence[int], chance: Chance) -> int:
-    """A token with distribution p, one of the siblings if they are worth it."""
+def _settle(distribution: Tensor, proposal: Proposal, siblings: Sequence[int], chance: Chance) -> int:
+    """A token with this distribution, one of the siblings if they are worth it."""
+    p = distribution.numpy()
     for guess in siblings:
         token = proposal.tokens[guess]
         if proposal.probabilities is None:
             if chance.happens(float(p[token])):
                 return token
-            p = p.clone()
+            p = p.copy()
             p[token] = 0.0
         else:
-            q = proposal.probabilities[guess]
+            q = proposal.probabilities[guess].numpy()
             if chance.happens(float(p[token] / q[token])):
                 return token
-            p = (p - q).clamp(min=0.0)
+            p = np.maximum(p - q, 0.0)
         total = float(p.sum())
         if total <= 0.0:  # p was q but for rounding: a refusal had probability 0
             return token
         p = p / total
-    return chance.draw(p)
+    return chance.draw(torch.from_numpy(p))
 
 
 def _children(proposal: Proposal, places: Sequence[int]) -> list[int]:

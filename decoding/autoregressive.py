@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from torchweld.decoding.chance import Chance
+from torchweld.decoding.logits import log_probability
 from torchweld.decoding.request import (
     Finish,
     Given,
     Request,
     check_request,
     finish_of,
-    log_probability,
     roll_back,
 )
 from torchweld.decoding.statistics import Pass, PassLog

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from torchweld.decoding.logits import as_array, most_likely
+
 
 class LogitsModel(Protocol):
     """A causal language model without state: ids int64 [1, S] -> logits of any float dtype [1, S, V]."""
@@ -53,9 +55,7 @@ def next_token(logits: Tensor, positions: int) -> int:
     fits = logits.dim() == 3 and logits.shape[0] == 1 and logits.shape[1] in (1, positions)
     if not fits or logits.shape[2] == 0:
         raise DecodingError(f"the model gave {tuple(logits.shape)}; expected logits [1, {positions}, V]")
-    last = logits[0, -1]
-    best = last.max()
-    if bool(best.isnan()):
+    best = most_likely(as_array(logits[0, -1]))
+    if best is None:
         raise DecodingError(f"the logits after position {positions - 1} hold NaN; check the model's weights")
-    # argmax promises no order among equals, and two backends must agree on ties
-    return int((last == best).nonzero()[0])
+    return best

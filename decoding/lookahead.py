@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torchweld.decoding.chance import Chance
+from torchweld.decoding.logits import as_array
 from torchweld.decoding.step_model import Budget, DecodingError, Outcome, Proposal
 from torchweld.decoding.tree import ROOT, Tree, depths
 from torchweld.decoding.warp import Warp
@@ -192,7 +193,8 @@ class LookaheadProposer:
         asked, self._asked = self._asked, None
         if asked is None or outcome.logits is None or self.window is None:
             return
-        said = [-1 if row is None else int(outcome.logits[row].argmax()) for row in asked.rows]
+        logits = as_array(outcome.logits)
+        said = [-1 if row is None else int(logits[row].argmax()) for row in asked.rows]
         for token, continuation in self.window.advance(asked.pending, said):
             self.pool.add(token, continuation)
 

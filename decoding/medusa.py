@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from torchweld.decoding.chance import Chance
 from torchweld.decoding.hidden_model import HiddenModel
+from torchweld.decoding.logits import as_array, likeliest
 from torchweld.decoding.step_model import Budget, DecodingError, Outcome, Proposal
 from torchweld.decoding.tree import ROOT, Tree
 from torchweld.decoding.warp import Warp
@@ -189,7 +190,7 @@ def fill_tree(choices: Sequence[Sequence[int]], logits: Tensor) -> Proposal:
     """The tree of `choices` with the tokens that logits [K, V] rank there. Choices deeper than K, or of ranks beyond
     V, are left out with all behind them."""
     most = min(logits.shape[-1], 1 + max(max(choice) for choice in choices))
-    best = logits.topk(most, dim=-1).indices.tolist()
+    best = [likeliest(row, most) for row in as_array(logits)]
     tree = Tree()
     nodes: dict[tuple[int, ...], int] = {(): ROOT}
     for choice in map(tuple, choices):

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from torch import Tensor
-
 from torchweld.decoding.step_model import DecodingError, StepModel
 from torchweld.decoding.warp import Warp
 
@@ -68,11 +66,6 @@ def finish_of(token: int, length: int, request: Request, limit: int | None) -> F
         return "length"
     # The last token is not cached yet; the next pass would put it at position length - 1.
     return "limit" if limit is not None and length > limit else None
-
-
-def log_probability(logits: Tensor, token: int) -> float:
-    """Natural-log probability of a token under logits [V]."""
-    return float(logits.double().log_softmax(0)[token])
 
 
 def roll_back(model: StepModel, lengths: Sequence[int]) -> None:

@@ -10,10 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from torchweld.decoding.greedy import DecodingError
+from torchweld.decoding.logits import Floats, as_array, most_likely, softmax
 
 FEW = 1024
 """Tokens among which top-p looks first: sorting 262,144 takes longer than a pass of a small model."""
@@ -71,12 +74,13 @@ class Warp:
 
         Raises DecodingError for NaN, which would otherwise win silently.
         """
-        scores = self._penalized(logits.double(), text) if self.reads_text else logits
-        best = scores.max()
-        if bool(best.isnan()):
+        scores = as_array(logits)
+        if self.reads_text:
+            scores = self._penalized(scores.astype(np.float64), text)
+        best = most_likely(scores)
+        if best is None:
             raise DecodingError(f"the logits after {len(text)} tokens hold NaN; check the model's weights")
-        # argmax promises no order among equals, and two backends must agree on ties
-        return int((scores == best).nonzero()[0])
+        return best
 
     def distribution(self, logits: Tensor, text: Sequence[int]) -> Tensor:
         """Probabilities float64 [V] of the token after `text`; logits [V] of any float dtype. Greedy: all on one token.
@@ -87,7 +91,7 @@ class Warp:
             certain = torch.zeros(logits.shape[0], dtype=torch.float64)
             certain[self.choose(logits, text)] = 1.0
             return certain
-        scores = logits.double().cpu()
+        scores: Floats = as_array(logits).astype(np.float64)
         best = float(scores.max())
         if not math.isfinite(best):
             raise DecodingError(
@@ -98,48 +102,59 @@ class Warp:
         scores = (scores - scores.max()) / self.temperature
         scores = _keep_top_k(scores, self.top_k or 0)
         scores = _keep_top_p(scores, self.top_p)
-        probabilities = scores.softmax(0)
+        probabilities = softmax(scores)
         if self.min_p > 0.0:
             probabilities = probabilities * (probabilities >= self.min_p * probabilities.max())
             probabilities = probabilities / probabilities.sum()
-        return probabilities
+        return torch.from_numpy(probabilities)
 
-    def _penalized(self, scores: Tensor, text: Sequence[int]) -> Tensor:
-        """Scores with those of every token in `text` made less likely, once per token."""
+    def _penalized(self, scores: Floats, text: Sequence[int]) -> Floats:
+        """Scores with those of every token in `text` made less likely, once per token; changes `scores`."""
         if not self.reads_text or not text:
             return scores
-        seen = torch.tensor(sorted(set(text)))
+        seen = list(set(text))
         values = scores[seen]
         penalty = self.repetition_penalty
-        return scores.index_copy(0, seen, torch.where(values < 0, values * penalty, values / penalty))
-
-
-def _keep_top_k(scores: Tensor, count: int) -> Tensor:
-    """-inf for scores below the `count` largest; equals of the last stay."""
-    if count == 0 or count >= scores.shape[0]:
+        scores[seen] = np.where(values < 0, values * penalty, values / penalty)
         return scores
-    least = scores.topk(count).values[-1]
-    return scores.masked_fill(scores < least, -torch.inf)
 
 
-def _keep_top_p(scores: Tensor, mass: float) -> Tensor:
+def _keep_top_k(scores: Floats, count: int) -> Floats:
+    """-inf for scores below the `count` largest; equals of the last stay."""
+    size = scores.shape[0]
+    if count == 0 or count >= size:
+        return scores
+    least = np.partition(scores, size - count)[size - count]
+    return np.where(scores < least, -np.inf, scores)
+
+
+def _keep_top_p(scores: Floats, mass: float) -> Floats:
     """-inf for all but the likeliest tokens that together reach `mass`; of equals on the border the lower stays."""
     if mass >= 1.0:
         return scores
-    probabilities = scores.softmax(0)
+    probabilities = softmax(scores)
     kept = _reaching(probabilities, mass, FEW) if probabilities.shape[0] > FEW else None
     if kept is None:
         kept = _reaching(probabilities, mass, probabilities.shape[0])
     assert kept is not None, "all tokens together reach any mass below 1"
-    return torch.full_like(scores, -torch.inf).index_copy(0, kept, scores[kept])
+    result = np.full_like(scores, -np.inf)
+    result[kept] = scores[kept]
+    return result
 
 
-def _reaching(probabilities: Tensor, mass: float, count: int) -> Tensor | None:
+def _reaching(probabilities: Floats, mass: float, count: int) -> NDArray[np.intp] | None:
     """The fewest tokens that reach `mass`, looked for among the `count` likeliest; None where those do not tell."""
-    index = probabilities.topk(count).indices.sort().values
-    values, order = probabilities[index].sort(descending=True, stable=True)
-    before = values.cumsum(0) - values
+    size = probabilities.shape[0]
+    index = (
+        np.arange(size)
+        if count == size
+        else np.sort(np.argpartition(probabilities, size - count)[size - count :])
+    )
+    order = np.argsort(-probabilities[index], kind="stable")
+    values = probabilities[index][order]
+    before = values.cumsum() - values
     needed = max(1, int((before < mass).sum()))
-    if count < probabilities.shape[0] and (needed == count or values[needed - 1] == values[-1]):
+    if count < size and (needed == count or values[needed - 1] == values[-1]):
         return None  # the border, or an equal of the token on it, lies beyond
-    return index[order[:needed]]
+    result: NDArray[np.intp] = index[order[:needed]]
+    return result
