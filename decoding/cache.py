@@ -32,9 +32,9 @@ SPARE_ROWS = 16
 class Cache:
     """Keys and values of `batch` sequences.
 
-    max_length: positions per sequence beyond which `check_room` refuses; None for no limit.  Memory grows in small
-    parts, or is there from the start with `up_front` (which needs a limit).  spare: rows that a ring keeps beyond its
-    window.  Not safe for use by several threads at once.
+    max_length: positions per sequence beyond which `check_room` refuses; None for no limit.  Memory grows with
+    the text, or is there from the start with `up_front` (which needs a limit).  spare: rows that a ring keeps beyond
+    its window.  Not safe for use by several threads at once.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Cache:
             for store in self._stores.values():
                 store.reserve(self._lengths, (max_length,) * batch)
                 store.settle(self._lengths)
+                store.take_all()
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -81,7 +82,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, filled or not."""
+        """Bytes of memory taken, filled or not."""
         return sum(store.nbytes for store in self._stores.values())
 
     def tensors(self, first: int = 0, last: int | None = None) -> list[Tensor]:
@@ -181,7 +182,7 @@ class Cache:
         """An independent copy."""
         copy = Cache(self.states, self.batch, self.max_length, spare=self.spare, device=self._device)
         for store, other in zip(self._stores.values(), copy._stores.values(), strict=True):
-            store.copy_into(other)
+            store.copy_into(other, self._lengths)
         copy._lengths, copy.tree = self._lengths, self.tree
         return copy
 

@@ -15,11 +15,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from torchweld.passes.rewrite_kv_cache import LayerState
 
-# One slot in twenty may be empty: within 1.05 times what is needed, and growing (which copies what is there) costs one
-# copy of the cache every L / 20 tokens, little beside steps that read all of it.
+# One slot in twenty may be empty: within 1.05 times what is needed.
 SPARE_PARTS = 20
 LEAST_SLOTS = 64
 
@@ -55,7 +55,7 @@ class SlotStore(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, filled or not."""
+        """Bytes of memory taken, filled or not."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     @abstractmethod
@@ -95,18 +95,15 @@ class SlotStore(ABC):
         old_capacity = self.capacity
         first = [max(oldest, length - capacity) for oldest, length in zip(self.oldest, lengths, strict=True)]
         # All of the new memory before the first change; it is only touched buffer by buffer.
-        fresh = [
-            buffer.new_empty(self.batch, buffer.shape[1], capacity, buffer.shape[3])
-            for buffer in self.buffers
-        ]
-        longest = max(lengths)
-        stays = not any(self.oldest) and longest <= min(capacity, old_capacity)
+        fresh = [self._empty(buffer, capacity) for buffer in self.buffers]
+        stays = not any(self.oldest) and max(lengths) <= min(capacity, old_capacity)
         spans = [torch.arange(start, length) for start, length in zip(first, lengths, strict=True)]
         slots = [(span % capacity, span % max(old_capacity, 1)) for span in spans]
         for number, new in enumerate(fresh):
             old = self.buffers[number]
-            if stays:  # nothing has turned: one copy, as it happens every few tokens
-                new[:, :, :longest] = old[:, :, :longest]
+            if stays:  # nothing has turned
+                for sequence, length in enumerate(lengths):
+                    new[sequence, :, :length] = old[sequence, :, :length]
             else:
                 for sequence, (target, source) in enumerate(slots):
                     new[sequence][:, target] = old[sequence][:, source]
@@ -120,7 +117,21 @@ class SlotStore(ABC):
         for buffer in self.buffers:
             buffer[:, :, target] = buffer[:, :, source]
 
-    def copy_into(self, other: SlotStore) -> None:
-        """Make `other`, a fresh store of this layout, an independent copy."""
-        other.buffers = [buffer.clone() for buffer in self.buffers]
+    def copy_into(self, other: SlotStore, lengths: Sequence[int]) -> None:
+        """Make `other`, a fresh store of this layout, an independent copy of what is there of so many positions."""
+        other.resize(self.capacity, [0] * self.batch)
+        for number, buffer in enumerate(self.buffers):
+            for sequence, length in enumerate(lengths):
+                slots = min(length, self.capacity)
+                other.buffers[number][sequence, :, :slots] = buffer[sequence, :, :slots]
+        other.wrote([0] * self.batch, lengths)
         other.oldest = list(self.oldest)
+
+    def take_all(self) -> None:
+        """Take the memory of every slot now."""
+        for buffer in self.buffers:
+            buffer.zero_()
+
+    def _empty(self, buffer: Tensor, capacity: int) -> Tensor:
+        """A buffer like this one with another number of slots."""
+        return buffer.new_empty(self.batch, buffer.shape[1], capacity, buffer.shape[3])

@@ -150,6 +150,22 @@ def test_memory_stays_near_the_minimum(rows: int) -> None:
     assert cache.tensors()[2].shape[2] == 73
 
 
+def test_a_large_cache_grows_in_place_and_takes_the_pages_that_it_fills() -> None:
+    wide = LayerState("attention", "causal", 0, 3, 64, 64, torch.float32, "")
+    cache = Cache((wide, wide), 2)
+    feed(cache, [600, 300], 600, 1.0)
+    pointer = cache.tensors()[0].data_ptr()
+    for length in range(600, 1000):
+        feed(cache, [1, 0], 1, 2.0)
+        # 16 slots of a head lie on a page; the second sequence wrote 600 rows, padding among them.
+        pages = -(-(length + 1) // 16) + -(-600 // 16)
+        assert cache.nbytes == 2 * 2 * 3 * pages * 4096
+    assert cache.tensors()[0].data_ptr() == pointer
+    branch = cache.fork()
+    assert branch.nbytes == 2 * 2 * 3 * (-(-1000 // 16) + -(-300 // 16)) * 4096
+    assert torch.equal(branch.tensors()[1][0, :, :1000], cache.tensors()[1][0, :, :1000])
+
+
 def test_memory_never_passes_the_limit() -> None:
     cache = Cache(STATES, 1, max_length=70, spare=SPARE)
     feed(cache, [66], 66, 0.0)
