@@ -113,8 +113,14 @@ class Executable:
             name: tensor.detach().contiguous() for name, tensor in kept.items()
         } | self._packed.data
         self._slots = _number_slots(plan)
-        self._input_slots = [self._slots[spec.name] for spec in plan.inputs]
+        self._input_names = [spec.name for spec in plan.inputs]
         self._checks = InputChecks(plan)
+        places = {name: number for number, name in enumerate(self._input_names)}
+        sources = [plan.in_place.get(name, name) for name in plan.outputs]
+        self._outputs = [
+            (name, None if source in self._constants else places.get(source))
+            for name, source in zip(plan.outputs, sources, strict=True)
+        ]
         self._unit, self._team, self._functions = self._build()
         shared = max((len(function.shared) for function in self._unit.functions), default=0)
         self._shared = [torch.zeros(0, dtype=torch.uint8) for _ in range(shared)]
@@ -193,20 +199,22 @@ class Executable:
         """
         with self._lock:
             self._calls += 1
-            tensors = self._checks(inputs)
+            tensors, moved = self._checks(inputs)
+            values = dict(zip(self._input_names, tensors, strict=True))
+            for number in (*self._checks.read_only, *(self._checks.updated if moved else ())):
+                self._pointers[self._slots[self._input_names[number]]] = tensors[number].data_ptr()
+            for name, source in self.plan.in_place.items():
+                values[name] = values[source]
+                if moved:
+                    self._pointers[self._slots[name]] = values[source].data_ptr()
             self._renew_packed()
             binding = self._binding(inputs)
             self._place(binding)
-            names = [spec.name for spec in self.plan.inputs]
-            values, given = dict(zip(names, tensors, strict=True)), dict(zip(names, inputs, strict=True))
-            for slot, tensor in zip(self._input_slots, tensors, strict=True):
-                self._pointers[slot] = tensor.data_ptr()
-            for name, source in self.plan.in_place.items():
-                values[name], given[name] = values[source], given[source]
-                self._pointers[self._slots[name]] = values[source].data_ptr()
             self._allocate_fresh(binding, values)
             self._run(binding, values)
-            return tuple(self._output(name, values, given) for name in self.plan.outputs)
+            return tuple(
+                [inputs[at] if at is not None else self._output(name, values) for name, at in self._outputs]
+            )
 
     def release_stored(self) -> int:
         """Drop what is in memory of the model's file and is read no longer, its weights being packed; bytes."""
@@ -218,10 +226,9 @@ class Executable:
             self._constants[name] = data
             self._pointers[self._slots[name]] = data.data_ptr()
 
-    def _output(self, name: str, values: dict[str, Tensor], given: dict[str, Tensor]) -> Tensor:
-        if name in self._constants:
-            return self._constants[name].clone()  # the caller may write into it
-        return given[name] if name in given else values[name]
+    def _output(self, name: str, values: dict[str, Tensor]) -> Tensor:
+        # The caller may write into it.
+        return self._constants[name].clone() if name in self._constants else values[name]
 
     def _run(self, binding: _Binding, values: dict[str, Tensor]) -> None:
         for segment, launches in zip(binding.segments, binding.launches, strict=True):

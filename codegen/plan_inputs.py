@@ -25,12 +25,13 @@ class InputChecks:
 
     def __init__(self, plan: Plan) -> None:
         self._specs = tuple(plan.inputs)
-        updated = set(plan.in_place.values())
-        self._updated = tuple(number for number, spec in enumerate(plan.inputs) if spec.name in updated)
+        sources = set(plan.in_place.values())
+        self.updated = tuple(number for number, spec in enumerate(plan.inputs) if spec.name in sources)
+        self.read_only = tuple(number for number, spec in enumerate(plan.inputs) if spec.name not in sources)
         self._known: dict[int, tuple[weakref.ref[Tensor], int, torch.Size]] = {}
 
-    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The inputs, detached and contiguous.
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+        """The inputs, detached and contiguous; and whether an updated one is another than at the last call.
 
         Raises TypeError for a wrong number, type, device or dtype, ShapeError for a wrong rank, ValueError for an input
         updated in place that is not contiguous or has the memory of another.
@@ -38,16 +39,17 @@ class InputChecks:
         if len(inputs) != len(self._specs):
             names = ", ".join(spec.name for spec in self._specs)
             raise TypeError(f"expected {len(self._specs)} inputs ({names}), got {len(inputs)}")
-        known = {number for number in self._updated if self._is_known(number, inputs[number])}
-        for number, (spec, tensor) in enumerate(zip(self._specs, inputs, strict=True)):
-            if number not in known:
-                _check_tensor(number, spec, tensor)
-        if len(known) < len(self._updated):
+        tensors = list(inputs)
+        for number in self.read_only:
+            _check_tensor(number, self._specs[number], inputs[number])
+            tensors[number] = inputs[number].detach().contiguous()
+        moved = not all(self._is_known(number, inputs[number]) for number in self.updated)
+        if moved:
             self._check_updated(inputs)
-        return [
-            tensor if number in known and not tensor.requires_grad else tensor.detach().contiguous()
-            for number, tensor in enumerate(inputs)
-        ]
+        for number in self.updated:
+            if tensors[number].requires_grad:
+                tensors[number] = inputs[number].detach()
+        return tensors, moved
 
     def _is_known(self, number: int, tensor: Tensor) -> bool:
         before = self._known.get(number)
@@ -62,8 +64,9 @@ class InputChecks:
     def _check_updated(self, inputs: Sequence[Tensor]) -> None:
         self._known = {}
         seen: dict[int, str] = {}
-        for number in self._updated:
+        for number in self.updated:
             spec, tensor = self._specs[number], inputs[number]
+            _check_tensor(number, spec, tensor)
             where = f"input {number} ({spec.name}), which is updated in place"
             if not tensor.is_contiguous():
                 strides = tuple(tensor.stride())
@@ -75,7 +78,7 @@ class InputChecks:
                 raise ValueError(f"{where}: expected memory of its own, got that of {twin}")
         self._known = {
             number: (weakref.ref(inputs[number]), inputs[number].data_ptr(), inputs[number].shape)
-            for number in self._updated
+            for number in self.updated
         }
 
 

@@ -230,7 +230,7 @@ class CachedModel:
             logits, *written = compiled(*request.inputs(lengths, self.max_length), *encoded, *tensors)
             for held, result in zip(tensors, written, strict=True):
                 assert isinstance(result, Tensor)
-                if result.data_ptr() != held.data_ptr():  # an eager run gives copies
+                if result is not held and result.data_ptr() != held.data_ptr():  # an eager run gives copies
                     held.copy_(result)
             counts = dict(zip(here, request.counts, strict=True))
             cache.advance([counts.get(sequence, 0) for sequence in range(cache.batch)], request.parents)

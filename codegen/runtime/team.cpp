@@ -39,9 +39,11 @@ struct tw_team {
     tw_job job;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
+    int caller_cpu;       // that the members keep away from
+    pthread_t* members;   // all but the caller
 };
 
-struct tw_member { tw_team* team; int64_t thread; pthread_t id; };
+struct tw_member { tw_team* team; int64_t thread; };
 
 static const int64_t spin_ns = 50000;
 static const int most_arguments = 512;
@@ -136,23 +138,49 @@ void* tw_team_new(int64_t threads) {
     tw_team* const team = (tw_team*)room;
     __builtin_memset(room, 0, sizeof(tw_team));
     team->threads = 1;
+    team->caller_cpu = -1;
+    team->members = (pthread_t*)malloc(threads * sizeof(pthread_t));
     pthread_mutex_init(&team->mutex, nullptr);
     pthread_cond_init(&team->wake, nullptr);
-    for (int64_t thread = 1; thread < threads; ++thread) {
+    for (int64_t thread = 1; team->members && thread < threads; ++thread) {
         tw_member* const member = (tw_member*)malloc(sizeof(tw_member));  // lives as long as its thread
         if (!member) break;
         member->team = team;
         member->thread = thread;
-        if (pthread_create(&member->id, nullptr, member_main, member)) break;
-        pthread_detach(member->id);
+        if (pthread_create(&team->members[thread - 1], nullptr, member_main, member)) break;
+        pthread_detach(team->members[thread - 1]);
         team->threads += 1;
     }
     if (team->threads > 1) return team;
+    free(team->members);
     free(room);
     return nullptr;
 }
 
 int64_t tw_team_threads(const void* team) { return team ? ((const tw_team*)team)->threads : 1; }
+
+// Give every member a CPU of its own, other than the caller's, so that no two ever wait for each other on one. The caller
+// itself stays free, since the threads that it starts later would inherit its place. Nothing is changed where there are
+// too few CPUs.
+static void spread(tw_team* team) {
+#if defined(__linux__)
+    const int here = sched_getcpu();
+    if (here < 0 || here == team->caller_cpu) return;
+    team->caller_cpu = here;
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof(allowed), &allowed) || CPU_COUNT(&allowed) < team->threads) return;
+    int64_t member = 0;
+    for (int cpu = 0; cpu < CPU_SETSIZE && member < team->threads - 1; ++cpu) {
+        if (cpu == here || !CPU_ISSET(cpu, &allowed)) continue;
+        cpu_set_t place;
+        CPU_ZERO(&place);
+        CPU_SET(cpu, &place);
+        pthread_setaffinity_np(team->members[member++], sizeof(place), &place);
+    }
+#else
+    (void)team;
+#endif
+}
 
 // Run all launches; the number of the first one that met an illegal index, or -1. A null team is the caller alone.
 int64_t tw_run(void* handle, tw_launch* launches, int64_t count, void* const* values, char* scratch,
@@ -165,6 +193,7 @@ int64_t tw_run(void* handle, tw_launch* launches, int64_t count, void* const* va
         together |= !launches[i].solo;
     }
     if (team && together) {
+        spread(team);
         team->job = job;
         start(team);
         walk(team, job, 0);

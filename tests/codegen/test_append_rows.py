@@ -90,6 +90,28 @@ def test_a_16_bit_cache() -> None:
     assert torch.equal(result, expected)
 
 
+def test_calls_with_other_caches_between_them_and_with_errors_write_the_right_one() -> None:
+    """An executable looks closely only at a cache that it did not see at the call before."""
+    executable = append_executable()
+    rows, past = numbers(1, 2, KEY_HEADS, WIDTH), torch.tensor([1])
+    first, second = (numbers(1, KEY_HEADS, 6, WIDTH, seed=seed) for seed in (1, 2))
+    for cache in (first, first, second, first, second, second):
+        (expected,) = append(cache, rows, past)
+        other = second if cache is first else first
+        before = other.clone()
+        (result,) = executable(cache, rows, past)
+        assert result is cache and torch.equal(cache, expected) and torch.equal(other, before)
+        with pytest.raises(ValueError, match="dimension"):
+            executable(other, rows[:, :, :1], past)
+    grown = first.clone()
+    first.set_(torch.cat([grown, grown], 2))  # type: ignore[no-untyped-call]
+    (expected,) = append(first, rows, past)
+    assert torch.equal(executable(first, rows, past)[0], expected) and torch.equal(first, expected)
+    first.set_(grown.transpose(2, 3))  # type: ignore[no-untyped-call]
+    with pytest.raises(ValueError, match="contiguous"):
+        executable(first, rows, past)
+
+
 def test_the_plan_has_one_launch_that_moves_the_rows_only() -> None:
     built = append_plan()
     (step,) = built.plan.steps
