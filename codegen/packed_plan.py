@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -118,6 +119,9 @@ def walked_row(contract: Contract) -> Decode | Load | None:
     return term if whole else None
 
 
+_VERSION = attrgetter("_version")
+
+
 class PackedConstants:
     """The packed weights of one executable: `data` by name, uint8 as runtime/packed.h lays them out."""
 
@@ -129,7 +133,7 @@ class PackedConstants:
         self.data: dict[str, Tensor] = {}
         # Tensors made in inference mode have no version.
         self._watched = [p.tensor for p in self._packings.values() if not p.tensor.is_inference()]
-        self._versions: list[int] = []
+        self._versions = 0
         self._pack()
 
     def _pack(self) -> None:
@@ -143,8 +147,8 @@ class PackedConstants:
         """Drop the pages of the model's file that are needed no longer; bytes. They come back if they are read."""
         return release_file_pages([packing.tensor for packing in self._packings.values()])
 
-    def _current(self) -> list[int]:
-        return [tensor._version for tensor in self._watched]
+    def _current(self) -> int:
+        return sum(map(_VERSION, self._watched))  # versions only grow
 
     def renewed(self) -> dict[str, Tensor]:
         """What had to be packed again, because somebody wrote to the weights."""

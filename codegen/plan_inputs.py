@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from operator import call, is_
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ class ShapeError(ValueError):
 class InputChecks:
     """Checks the tensors of a call: number, type, device, dtype, rank; what is updated in place, more strictly.
 
-    A cache hands over the same tensors at every step: those that stood in the same place at the last call are only
-    compared with it (by identity, address and shape).
+    A cache hands over the same tensors at every step: where those of the last call come again (the same objects with
+    their addresses and shapes), they are not looked at one by one.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -28,7 +29,8 @@ class InputChecks:
         sources = set(plan.in_place.values())
         self.updated = tuple(number for number, spec in enumerate(plan.inputs) if spec.name in sources)
         self.read_only = tuple(number for number, spec in enumerate(plan.inputs) if spec.name not in sources)
-        self._known: dict[int, tuple[weakref.ref[Tensor], int, torch.Size]] = {}
+        self._known: list[weakref.ref[Tensor]] = []
+        self._known_places: tuple[list[int], list[torch.Size]] = ([], [])
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
         """The inputs, detached and contiguous; and whether an updated one is another than at the last call.
@@ -43,31 +45,27 @@ class InputChecks:
         for number in self.read_only:
             _check_tensor(number, self._specs[number], inputs[number])
             tensors[number] = inputs[number].detach().contiguous()
-        moved = not all(self._is_known(number, inputs[number]) for number in self.updated)
+        updated = [tensors[number] for number in self.updated]
+        moved = not self._are_known(updated)
         if moved:
-            self._check_updated(inputs)
+            self._check_updated(updated)
         for number in self.updated:
             if tensors[number].requires_grad:
-                tensors[number] = inputs[number].detach()
+                tensors[number] = tensors[number].detach()
         return tensors, moved
 
-    def _is_known(self, number: int, tensor: Tensor) -> bool:
-        before = self._known.get(number)
-        return (
-            before is not None
-            and before[0]() is tensor
-            and tensor.data_ptr() == before[1]
-            and tensor.shape == before[2]
-            and tensor.is_contiguous()
-        )
+    def _are_known(self, updated: Sequence[Tensor]) -> bool:
+        if not self._known or not all(map(is_, map(call, self._known), updated)):
+            return False
+        return _places(updated) == self._known_places and all(map(Tensor.is_contiguous, updated))
 
-    def _check_updated(self, inputs: Sequence[Tensor]) -> None:
-        self._known = {}
+    def _check_updated(self, updated: Sequence[Tensor]) -> None:
+        self._known = []
         seen: dict[int, str] = {}
-        for number in self.updated:
-            spec, tensor = self._specs[number], inputs[number]
-            _check_tensor(number, spec, tensor)
+        for number, tensor in zip(self.updated, updated, strict=True):
+            spec = self._specs[number]
             where = f"input {number} ({spec.name}), which is updated in place"
+            _check_tensor(number, spec, tensor)
             if not tensor.is_contiguous():
                 strides = tuple(tensor.stride())
                 raise ValueError(
@@ -76,10 +74,12 @@ class InputChecks:
             twin = seen.setdefault(tensor.data_ptr(), spec.name) if tensor.numel() else spec.name
             if twin != spec.name:
                 raise ValueError(f"{where}: expected memory of its own, got that of {twin}")
-        self._known = {
-            number: (weakref.ref(inputs[number]), inputs[number].data_ptr(), inputs[number].shape)
-            for number in self.updated
-        }
+        self._known, self._known_places = list(map(weakref.ref, updated)), _places(updated)
+
+
+def _places(tensors: Sequence[Tensor]) -> tuple[list[int], list[torch.Size]]:
+    """Addresses and shapes."""
+    return list(map(Tensor.data_ptr, tensors)), [tensor.shape for tensor in tensors]
 
 
 def _check_tensor(number: int, spec: ValueSpec, tensor: Tensor) -> None:

@@ -64,6 +64,10 @@ class Cache:
         self._lengths = (0,) * batch
         self._device = device or torch.device("cpu")
         self._stores = self._make_stores()
+        numbers = {window: iter(range(len(store.buffers))) for window, store in self._stores.items()}
+        self._places = [
+            (state.window, next(numbers[state.window])) for state in states for _ in state.features
+        ]
         if up_front and max_length is not None:
             for store in self._stores.values():
                 store.reserve(self._lengths, (max_length,) * batch)
@@ -88,8 +92,7 @@ class Cache:
     def tensors(self, first: int = 0, last: int | None = None) -> list[Tensor]:
         """Key and value, or the one state, of every layer for sequences `first` to `last`: [B, heads, C, features],
         contiguous, no copy; valid until the next `reserve`."""
-        queues = {window: iter(store.buffers) for window, store in self._stores.items()}
-        tensors = [next(queues[state.window]) for state in self.states for _ in state.features]
+        tensors = [self._stores[window].buffers[number] for window, number in self._places]
         whole = first == 0 and last in (None, self.batch)
         return tensors if whole else [tensor[first:last] for tensor in tensors]
 

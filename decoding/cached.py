@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -228,10 +229,8 @@ class CachedModel:
             tensors = cache.tensors(first, last)
             encoded = self._encoded.part(first, last)
             logits, *written = compiled(*request.inputs(lengths, self.max_length), *encoded, *tensors)
-            for held, result in zip(tensors, written, strict=True):
-                assert isinstance(result, Tensor)
-                if result is not held and result.data_ptr() != held.data_ptr():  # an eager run gives copies
-                    held.copy_(result)
+            if not all(map(is_, tensors, written)):
+                _keep_written(tensors, written)
             counts = dict(zip(here, request.counts, strict=True))
             cache.advance([counts.get(sequence, 0) for sequence in range(cache.batch)], request.parents)
         except BaseException:
@@ -241,6 +240,14 @@ class CachedModel:
             cache.settle()
         assert isinstance(logits, Tensor)
         return logits.reshape(len(lengths), -1, self.vocab_size)
+
+
+def _keep_written(tensors: Sequence[Tensor], written: Sequence[object]) -> None:
+    """What a step that runs eagerly gives are copies."""
+    for held, result in zip(tensors, written, strict=True):
+        assert isinstance(result, Tensor)
+        if result.data_ptr() != held.data_ptr():
+            held.copy_(result)
 
 
 def _runs(rows: list[Tensor]) -> Iterator[tuple[int, int]]:

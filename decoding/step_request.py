@@ -98,8 +98,9 @@ def read_request(
             f"counts {list(real)} for ids {tuple(ids.shape)}: expected {batch} numbers of 0 to {rows}"
         )
     tree = None if parents is None else _check_tree(tuple(parents), batch, rows, real)
-    padding = torch.arange(rows) >= torch.tensor(real)[:, None]
-    clean = ids.masked_fill(padding, 0) if bool(padding.any()) else ids.contiguous()
+    clean = ids.contiguous()
+    if min(real) < rows:
+        clean = ids.masked_fill(torch.arange(rows) >= torch.tensor(real)[:, None], 0)
     check_tokens(clean, tokens)
     return StepRequest(clean, real, tree, _wanted(logits_for, batch, rows, real))
 
@@ -122,13 +123,12 @@ def check_prompts(prompts: Sequence[Sequence[int]] | Tensor, tokens: int) -> lis
 
 def check_tokens(ids: Tensor, tokens: int, first: int = 0) -> None:
     """IndexError where a token of ids [B, T] is not 0 to `tokens` - 1."""
-    bad = ((ids < 0) | (ids >= tokens)).nonzero()
-    if len(bad):
-        sequence, row = bad[0].tolist()
-        where = f"token {int(ids[sequence, row])} (row {row} of sequence {first + sequence})"
-        raise IndexError(
-            f"{where} is outside the model's table of {tokens} tokens; expected 0 to {tokens - 1}"
-        )
+    lowest, highest = ids.aminmax()
+    if lowest >= 0 and highest < tokens:
+        return
+    sequence, row = ((ids < 0) | (ids >= tokens)).nonzero()[0].tolist()
+    where = f"token {int(ids[sequence, row])} (row {row} of sequence {first + sequence})"
+    raise IndexError(f"{where} is outside the model's table of {tokens} tokens; expected 0 to {tokens - 1}")
 
 
 def ancestors(parents: Sequence[int]) -> Tensor:
