@@ -12,7 +12,7 @@ PYTHON_IN_VENV := $(VENV)/bin/python
 STAMP := $(VENV)/.torchweld-installed
 export PYTHON
 
-.PHONY: help demo test venv compiler lint types imports format wheel fuzz clean
+.PHONY: help demo test prove venv compiler lint types imports format wheel fuzz clean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' Makefile | column -t -s '|'
@@ -22,6 +22,9 @@ demo: $(STAMP) compiler ## load SmolLM2, optimize, check, dump kernels, print th
 
 test: $(STAMP) compiler ## the whole suite; ARGS="-k name" narrows it
 	@$(PYTHON_IN_VENV) -m pytest -n $(JOBS) --dist=loadfile --no-loadscope-reorder --hypothesis-profile=ci $(ARGS)
+
+prove: $(STAMP) compiler ## every decoding strategy against plain decoding on real models, 20 prompts x 256 tokens (half an hour)
+	@$(PYTHON_IN_VENV) -m scripts.prove_strategies $(ARGS)
 
 venv: $(STAMP) ## only make the environment
 
