@@ -59,7 +59,7 @@ extern "C" void bf16_%(f)s(const float* a, int64_t stride, int64_t rows, const f
     alignas(64) static uint8_t room[4 * 256 * 1024];
     for (int64_t r = 0; r < rows; r += 256) {
         const int64_t count = tw_least<int64_t>(256, rows - r);
-        for (int64_t i = 0; i < count; ++i) tw_round_row(a + (r + i) * stride, stride, half + i * stride);
+        for (int64_t i = 0; i < count; ++i) tw_round_row(a + (r + i) * stride, stride, i, half);
         for (int64_t c = 0; c < columns; c += 64) {
             const int64_t width = tw_least<int64_t>(64, columns - c);
             tw_packed_bf16<tw_R16_%(f)s>(half, stride, count,

@@ -114,7 +114,8 @@ def prelude() -> str:
     """The C++ that every unit starts with: scalars, folds, vectors, stored formats, inner products, attention."""
     folder = Path(__file__).parent / "runtime"
     packed = ("packed.h", "packed_matmul.h", "packed_bf16.h", "packed_int8.h")
-    names = ("scalar.h", "fold.h", "vectors.h", "formats.h", "matmul.h", *packed, "attention.h")
+    attention = ("attention.h", "attention_bf16.h")
+    names = ("scalar.h", "fold.h", "vectors.h", "formats.h", "matmul.h", *packed, *attention)
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
@@ -124,7 +125,8 @@ def _print_part(
     if isinstance(part, MatmulPart):
         return print_matmul_part(kernel, names, part, precision)
     if isinstance(part, AttentionPart):
-        lines, scratch, room = print_attention_part(kernel, names, part, len(kernel.buffers) + len(shared))
+        place = len(kernel.buffers) + len(shared)
+        lines, scratch, room = print_attention_part(kernel, names, part, place, precision)
         shared.append(room)
         return lines, scratch
     return print_row_part(kernel, names, part)

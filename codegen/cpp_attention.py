@@ -21,6 +21,7 @@ import torch
 from torchweld.codegen.cpp_attention_keys import AttentionKeys
 from torchweld.codegen.cpp_names import converted, literal, unwrapped, value_type
 from torchweld.codegen.cpp_operand import padded
+from torchweld.codegen.cpp_packed import FEW_ROWS, Precision
 from torchweld.codegen.cpp_text import KernelNames, indented
 from torchweld.codegen.ir import AttentionPart, Kernel
 from torchweld.graph.index import FloorDiv
@@ -49,32 +50,58 @@ class SharedRoom:
 
 
 def print_attention_part(
-    kernel: Kernel, names: KernelNames, part: AttentionPart, place: int
+    kernel: Kernel, names: KernelNames, part: AttentionPart, place: int, precision: Precision = "f32"
 ) -> tuple[list[str], Expr, SharedRoom]:
     """The statements of the part, the bytes of scratch memory per thread, and the memory that its threads share.
 
     place: where that memory comes among the buffers.
+    precision: other than f32, more than 16 queries meet blocks of keys that they see as a whole in bfloat16.
     """
-    return _AttentionPrinter(kernel, names, part, place).print()
+    return _AttentionPrinter(kernel, names, part, place, precision).print()
 
 
 class _AttentionPrinter(AttentionKeys):
     """Loops over tiles, splits and blocks."""
 
+    def __init__(
+        self, kernel: Kernel, names: KernelNames, part: AttentionPart, place: int, precision: Precision
+    ) -> None:
+        super().__init__(kernel, names, part, place)
+        depth, features = self.attend.d.extent, part.feature.extent
+        whole = depth.is_Integer and features.is_Integer and depth % 32 == 0 and features % 16 == 0
+        stored = self.keys_stored is None or self.keys_stored.format in ("F32", "F16", "BF16")
+        self.paired = bool(precision != "f32" and self.real == torch.float32 and whole and stored)
+
     # -- memory ---------------------------------------------------------------------------------------------------
 
     def _allocate(self, name: str, count: Expr) -> None:
-        self.lines.append(
-            f"{self.kind}* const {name} = ({self.kind}*)(scratch + {self._text(self.scratch)});"
-        )
-        self.scratch = sympy.expand(self.scratch + padded(count * self.real.itemsize, torch.uint8))
+        self._allocate_as(self.kind, self.real.itemsize, name, count)
+
+    def _allocate_as(self, kind: str, itemsize: int, name: str, count: Expr) -> None:
+        self.lines.append(f"{kind}* const {name} = ({kind}*)(scratch + {self._text(self.scratch)});")
+        self.scratch = sympy.expand(self.scratch + padded(count * itemsize, torch.uint8))
+
+    def _room_for_pairs(self) -> None:
+        """Copies in bfloat16, of rows in whole tiles of 32."""
+        depth, features, rows = self.attend.d.extent, self.part.feature.extent, self._whole_rows()
+        self._allocate_as("uint16_t", 2, "q_half", depth * rows)
+        self._allocate_as("uint16_t", 2, "weights_half", sympy.Integer(_KEYS * rows))
+        self._allocate_as("uint8_t", 1, "key_pairs", depth * 2 * _KEYS)
+        self._allocate_as("uint8_t", 1, "value_pairs", features * 2 * _KEYS)
+        self._allocate("mixed", features * rows)
+        self._allocate("half_scores", sympy.Integer(_KEYS * rows))
+        queries = self._text(self.part.t.extent)
+        self.lines.append(f"const bool half = tw_has_paired_attention() && {queries} > {FEW_ROWS};")
+
+    def _whole_rows(self) -> int:
+        return -(-self.rows // 32) * 32
 
     def _room(self) -> None:
         depth, width = padded(self.attend.d.extent, self.real), padded(self.part.feature.extent, self.real)
         self.lines.append(f"const int64_t d_stride = {self._text(depth)};")
         self.lines.append(f"const int64_t f_stride = {self._text(width)};")
         self._allocate("q_rows", depth * self.rows)
-        self._allocate("scores", sympy.Integer(self.rows * _KEYS))
+        self._allocate("scores", sympy.Integer(self._whole_rows() * _KEYS))
         self._allocate("turned", sympy.Integer(_PASS * _KEYS))
         self._allocate("joined", width * self.rows)
         self._allocate("outputs", width * self.rows)
@@ -82,6 +109,8 @@ class _AttentionPrinter(AttentionKeys):
             self._allocate("k_rows", depth * _KEYS)
         if self.values_stored is None:
             self._allocate("v_rows", width * _KEYS)
+        if self.paired:
+            self._room_for_pairs()
 
     def _most_splits(self) -> Expr:
         """Splits that the rows of a tile see at most: they see no more than all keys, and start in different places."""
@@ -191,6 +220,8 @@ class _AttentionPrinter(AttentionKeys):
         self._push_row(emitter)
         self._fill(emitter, self.attend.q, self.attend.d, "q_rows", "r", "d_stride")
         body = [*self._of_row(), *emitter.pop()]
+        if self.paired:
+            body.append("if (half) tw_round_row(q_rows + r * d_stride, d_stride, r, q_half);")
         return [*emitter.pop(), "for (int64_t r = 0; r < rows; ++r) {", *indented(body), "}"]
 
     def _block(self) -> list[str]:
@@ -199,54 +230,127 @@ class _AttentionPrinter(AttentionKeys):
             f"const int64_t keys = tw_least<int64_t>({_KEYS}, last_key - key);",
             f"const void* k_at[{_KEYS}];",
             f"const {self.kind}* v_at[{_KEYS}];",
-            "const auto attend_rows = [&](int64_t begin_row, int64_t end_row) {",
+            *self._shown(),
+            "const auto attend_rows = [&](int64_t begin_row, int64_t end_row, bool paired) {",
             *indented(self._rows()),
             "};",
         ]
+        half = "half" if self.paired else "false"
         if self.attend.path is None:
-            return [*lines, *self._pointers(self._slot_of_position()), "attend_rows(0, rows);"]
+            return [*lines, *self._pointers(self._slot_of_position()), f"attend_rows(0, rows, {half});"]
         tree = [
             f"for (int64_t q = 0; q < rows; q += {self.share}) {{",
             "    if (visible_from[q] >= key + keys || visible_to[q] <= key) continue;",
             *indented(self._pointers(self._slot_on_path())),
-            f"    attend_rows(q, q + {self.share});",
+            f"    attend_rows(q, q + {self.share}, false);",
             "}",
         ]
-        shared = [*self._pointers(self._slot_of_position()), "attend_rows(0, rows);"]
+        shared = [*self._pointers(self._slot_of_position()), f"attend_rows(0, rows, {half});"]
         return [*lines, "if (key + keys > past) {", *indented(tree), "} else {", *indented(shared), "}"]
 
+    def _masks_keys(self) -> bool:
+        """Whether the mask says of a key that all rows of a tile see it, or none."""
+        mask = self.attend.mask
+        if mask is None or mask.dtype != torch.bool:
+            return False
+        needs = self._scope().needs(mask)
+        return self.part.t.name not in needs and (self.share == 1 or self.part.batch[-1].name not in needs)
+
+    def _shown(self) -> list[str]:
+        """Which keys of the block the mask shows; a block of which it shows nothing changes nothing."""
+        lines = [f"alignas(64) {self.kind} shown[{_KEYS}];"]
+        if not self._masks_keys():
+            return [*lines, f"for (int64_t j = 0; j < {_KEYS}; ++j) shown[j] = 1;"]
+        assert self.attend.mask is not None
+        emitter = self._scope()
+        emitter.push((self.attend.s.name,))
+        emitter.line(f"shown[j] = {emitter.value(self.attend.mask)} ? 1 : 0;")
+        emitter.line("any |= shown[j] != 0;")
+        body = [f"const int64_t {emitter.axis(self.attend.s)} = key + j;", *emitter.pop()]
+        return [
+            *lines,
+            *emitter.pop(),
+            "bool any = false;",
+            "for (int64_t j = 0; j < keys; ++j) {",
+            *indented(body),
+            "}",
+            f"for (int64_t j = keys; j < {_KEYS}; ++j) shown[j] = 0;",
+            "if (!any) continue;",
+        ]
+
     def _rows(self) -> list[str]:
-        """Rows [begin_row, end_row) against the block whose pointers are set."""
+        """Rows [begin_row, end_row) against the block whose pointers are set; plain: what is left for float."""
         attend = self.attend
-        worked = attend.soft_cap > 0 or attend.mask is not None
+        worked = attend.soft_cap > 0 or (attend.mask is not None and not self._masks_keys())
         scale = literal(1.0 if worked else attend.scale, self.real)
         format_ = "F64" if self.real == torch.float64 else "F32"
         depth = self._text(self.attend.d.extent)
         if self.keys_stored is not None:
             format_ = self.keys_stored.format
-        count = "end_row - begin_row"
         features = self._text(self.part.feature.extent)
-        return [
-            f"tw_seen seen[{self.rows}];",
-            "int64_t last = 0;",
-            "for (int64_t r = begin_row; r < end_row; ++r) {",
+        loop = "for (int64_t r = begin_row; r < end_row; ++r)"
+        whole = f"seen[r].to - seen[r].from == {'keys' if attend.mask_kind == 'none' else _KEYS}"
+        lines = [
+            f"tw_seen seen[{self.rows}], plain[{self.rows}];",
+            f"{self.kind} keep[{self.rows}];",
+            "int64_t last = 0, whole = 0;  // rows that see the whole block",
+            f"{loop} {{",
             "    const int64_t from = tw_most<int64_t>(visible_from[r] - key, 0);",
             "    const int64_t to = tw_least(visible_to[r] - key, keys);",
             "    seen[r] = from < to ? tw_seen{(int32_t)from, (int32_t)to} : tw_seen{0, 0};",
+            f"    plain[r] = paired && {whole} ? tw_seen{{0, 0}} : seen[r];",
             "    last = tw_most<int64_t>(last, seen[r].to);",
+            "    whole += plain[r].to != seen[r].to;",
             "}",
             "if (!last) return;",
-            f"tw_score_block<tw_{format_}>(q_rows + begin_row * d_stride, d_stride, {count}, seen + begin_row,",
-            f"    k_at, last, {depth}, turned, scores + begin_row * {_KEYS});",
-            "for (int64_t r = begin_row; r < end_row; ++r) {",
-            "    if (seen[r].from >= seen[r].to) continue;",
-            *indented(self._scores() if worked else []),
-            f"    const {self.kind} keep = tw_soften<{self.kind}>(scores + r * {_KEYS}, seen[r], {scale},",
-            "        greatest[state][r], total[state][r]);",
-            f"    tw_scale_row<{self.kind}>(sums + r * f_stride, f_stride, keep);",
-            "}",
-            f"tw_mix_block<{self.kind}>(scores + begin_row * {_KEYS}, {count}, seen + begin_row, v_at, {features},",
-            "    sums + begin_row * f_stride, f_stride);",
+            *self._score_lines(format_, depth),
+        ]
+        if worked:
+            lines += [
+                f"{loop} {{",
+                "    if (seen[r].from >= seen[r].to) continue;",
+                *indented(self._scores()),
+                "}",
+            ]
+        lines += [
+            f"tw_soften_block<{self.kind}>(scores + begin_row * {_KEYS}, end_row - begin_row, seen + begin_row, shown,",
+            f"    {scale}, greatest[state] + begin_row, total[state] + begin_row, keep + begin_row,",
+            f"    {'whole ? weights_half : nullptr' if self.paired else 'nullptr'});",
+        ]
+        scaled = f"tw_scale_row<{self.kind}>(sums + r * f_stride, f_stride, keep[r]);"
+        if self.paired:
+            mix = f"tw_mix_pairs(weights_half, rows, v_at, last, {features}, value_pairs, mixed);"
+            lines += [
+                f"if (whole) {mix}",
+                f"{loop} {{",
+                "    if (plain[r].to != seen[r].to)",
+                f"        tw_add_mixed(sums + r * f_stride, mixed + r * {features}, {features}, keep[r]);",
+                f"    else {scaled}",
+                "}",
+            ]
+        else:
+            lines.append(f"{loop} {scaled}")
+        return [
+            *lines,
+            f"tw_mix_block<{self.kind}>(scores + begin_row * {_KEYS}, end_row - begin_row, plain + begin_row, v_at,",
+            f"    {features}, sums + begin_row * f_stride, f_stride);",
+        ]
+
+    def _score_lines(self, format_: str, depth: str) -> list[str]:
+        """Scores of the rows; in bfloat16 only those of rows that see the whole block may count."""
+        plain = [
+            f"tw_score_block<tw_{format_}>(q_rows + begin_row * d_stride, d_stride, end_row - begin_row,",
+            f"    plain + begin_row, k_at, last, {depth}, turned, scores + begin_row * {_KEYS});",
+        ]
+        if not self.paired:
+            return plain
+        return [
+            *plain,
+            f"{self.kind}* const found = whole == end_row - begin_row ? scores : half_scores;",
+            f"if (whole) tw_score_pairs<tw_{format_}>(q_half, rows, k_at, last, {depth}, key_pairs, found);",
+            "for (int64_t r = begin_row; found != scores && r < end_row; ++r)",
+            "    if (plain[r].to != seen[r].to)",
+            f"        tw_copy_row(scores + r * {_KEYS}, half_scores + r * {_KEYS}, {_KEYS});",
         ]
 
     def _scores(self) -> list[str]:
@@ -261,14 +365,14 @@ class _AttentionPrinter(AttentionKeys):
         if attend.soft_cap > 0:
             cap = literal(attend.soft_cap, self.real)
             emitter.line(f"score = {cap} * tw_tanh(score / {cap});")
-        if attend.mask is not None:
+        if attend.mask is not None and not self._masks_keys():
             mask = emitter.value(attend.mask)
             if attend.mask.dtype == torch.bool:
                 emitter.line(f"score = {mask} ? score : {literal(float('-inf'), self.real)};")
             else:
                 emitter.line(f"score = score + {converted(mask, attend.mask.dtype, self.real)};")
         emitter.line(f"{place} = score;")
-        masked = attend.mask is not None
+        masked = attend.mask is not None and not self._masks_keys()
         inner = [f"const int64_t {s} = key + j;"] if masked else []
         inner += emitter.pop()
         outer = self._of_row() if masked else []

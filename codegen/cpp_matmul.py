@@ -29,6 +29,7 @@ from torchweld.codegen.cpp_packed import (
     narrow_rows,
     product_lines,
 )
+from torchweld.codegen.cpp_segments import piece_length
 from torchweld.codegen.cpp_terms import Emitter
 from torchweld.codegen.cpp_text import INDENT, KernelNames, indented
 from torchweld.codegen.ir import Bind, Kernel, MatmulPart
@@ -164,12 +165,17 @@ class _MatmulPrinter:
             f"const int64_t batch = {emitter.extents(part.batch)};",
             f"const int64_t rows = {emitter.extents(part.rows)};",
             f"const int64_t columns = {unwrapped(emitter.index(part.n.extent))};",
-            *([f"const bool narrow = tw_has_bf16 && rows > {FEW_ROWS};"] if self.is_narrow else []),
+            *([f"const bool narrow = {self._narrow()};"] if self.is_narrow else []),
             f"const int64_t row_blocks = tw_blocks(rows, {self._rows_per_unit()});",
             "const int64_t block_rows = row_blocks ? tw_blocks(tw_blocks(rows, row_blocks), 4) * 4 : 4;",
             f"const int64_t block_columns = {self._columns_per_unit()};",
             "const int64_t column_blocks = tw_blocks(columns, block_columns);",
         ]
+
+    def _narrow(self) -> str:
+        """When the rows are rounded to bfloat16: for weights without codes a tile of AMX is as fast for one row."""
+        plain = all(p.stored is not None and not p.stored.has_codes for p in self.products)
+        return f"tw_has_bf16 && (rows > {FEW_ROWS}{' || tw_has_tiles' if plain else ''})"
 
     def _rows_per_unit(self) -> str:
         return f"narrow ? {self.most_rows} : {self.block_rows}" if self.is_narrow else str(self.block_rows)
@@ -274,7 +280,8 @@ class _MatmulPrinter:
             f"{row} = {unwrapped(converted(emitter.value(panel.term), panel.term.dtype, self.real))};"
         )
         inner = emitter.pop()
-        for line in emitter.vector_loop(panel.k, inner):
+        piece = piece_length(walk(panel.term), panel.k)
+        for line in emitter.vector_loop(panel.k, inner, piece=piece):
             emitter.line(line)
         if panel.width != panel.k.extent:
             extent = unwrapped(emitter.index(panel.k.extent))

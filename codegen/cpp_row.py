@@ -7,9 +7,10 @@ a single long row (logits of one token) keeps every thread busy too. With folds 
 from __future__ import annotations
 
 from torchweld.codegen.cpp_names import unwrapped, value_type
+from torchweld.codegen.cpp_segments import piece_length
 from torchweld.codegen.cpp_terms import Emitter
 from torchweld.codegen.cpp_text import KernelNames, indented
-from torchweld.codegen.ir import Kernel, RowPart
+from torchweld.codegen.ir import Kernel, RowPart, part_terms
 from torchweld.graph.terms import Axis, Contract, Expr, Fold, walk
 
 _COLUMNS = 2048
@@ -55,7 +56,7 @@ def _pointwise(emitter: Emitter, part: RowPart) -> list[str]:
     inner = emitter.pop()
     extent = emitter.index(last.extent)
     if last.extent.is_Integer and last.extent <= _COLUMNS:
-        loop = emitter.vector_loop(last, inner)
+        loop = emitter.vector_loop(last, inner, piece=piece_length(part_terms(part), last))
         body = emitter.unflatten("point", outer) + emitter.pop() + loop
         return _shared_loop(emitter.extents(outer), body)
     first = emitter.names.namer.fresh(f"{name}_first")
@@ -82,7 +83,10 @@ def _inner_stores(emitter: Emitter, part: RowPart, inner: tuple[Axis, ...]) -> N
         emitter.store(store)
     lines = emitter.pop()
     for number, axis in enumerate(reversed(inner)):
-        loop = emitter.vector_loop(axis, lines) if number == 0 else _plain_loop(emitter, axis, lines)
+        if number == 0:
+            loop = emitter.vector_loop(axis, lines, piece=piece_length(part_terms(part), axis))
+        else:
+            loop = _plain_loop(emitter, axis, lines)
         if number < len(inner) - 1:
             lines = emitter.pop() + loop
         else:

@@ -24,6 +24,7 @@ from torchweld.codegen.cpp_names import (
     value_type,
 )
 from torchweld.codegen.cpp_ops import op_text
+from torchweld.codegen.cpp_segments import loop_in_pieces
 from torchweld.codegen.cpp_text import KernelNames, indented, index_text, offset_text
 from torchweld.codegen.ir import Indirect, Kernel, Store, part_terms
 from torchweld.codegen.packing import LAYOUT, columns_of
@@ -368,10 +369,20 @@ class Emitter:
         self.line(f"{place} = {unwrapped(stored(value, store.value.dtype, buffer.dtype))};")
 
     def vector_loop(
-        self, axis: Axis, lines: Sequence[str], begin: str = "0", end: str | None = None
+        self,
+        axis: Axis,
+        lines: Sequence[str],
+        begin: str = "0",
+        end: str | None = None,
+        piece: int | None = None,
     ) -> list[str]:
-        """`lines` in a loop over `axis` (or from `begin` to `end`), marked as free of dependences between turns."""
+        """`lines` in a loop over `axis` (or from `begin` to `end`), marked as free of dependences between turns.
+
+        piece: how long the pieces of a loop over the whole axis are (cpp_segments.py).
+        """
         name = self.axis(axis)
+        if piece is not None:
+            return loop_in_pieces(name, int(axis.extent), piece, lines)
         end = unwrapped(self.index(axis.extent)) if end is None else end
         head = f"for (int64_t {name} = {begin}; {name} < {end}; ++{name}) {{"
         return ["#pragma GCC ivdep", head, *indented(lines), "}"]

@@ -98,7 +98,8 @@ class Packer:
 
     def pack(self, weights: Sequence[Packing], threads: int) -> tuple[Tensor, ...]:
         """The packed weights (uint8), in order; those that are packed already are not packed again."""
-        with self._lock:
+        # Whoever notes which weights decided something (graph/value_reads.py) need not see that they are packed.
+        with self._lock, torch._C.DisableTorchFunction():
             found = {id(weight.tensor): self._find(weight) for weight in weights}
             new = list({id(w.tensor): w for w in weights if found[id(w.tensor)] is None}.values())
             for weight, data in zip(new, self._room(new), strict=True):

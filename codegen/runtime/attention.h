@@ -100,6 +100,9 @@ static void tw_score_block(const typename F::real* q, int64_t stride, int64_t ro
                            typename F::real* scores) {
     typedef typename F::real T;
     constexpr int R = tw_tile_rows;
+    bool wanted = false;
+    for (int64_t r = 0; r < rows; ++r) wanted |= seen[r].from < seen[r].to;
+    if (!wanted) return;
     for (int64_t first = 0; first < features; first += tw_pass) {
         const int64_t n = tw_least<int64_t>(tw_pass, features - first);
         tw_turn_keys<F>(keys, count, first, n, turned);
@@ -162,25 +165,50 @@ static inline tw_v8d tw_weight(tw_v8d x) {
 static inline float tw_weight(float x) { return tw_weight(tw_splat(x))[0]; }
 static inline double tw_weight(double x) { return x < -700.0 ? 0.0 : tw_exp(x); }
 
+// The lanes of each of four vectors joined by the tree of tw_across: lanes 4i to 4i + 3 of the result belong to x[i].
+template <class J> static inline tw_v16 tw_across_four(const tw_v16* x, J join) {
+    const tw_v16 first = join(TW_SHUFFLE(x[0], x[1], TW_LOW), TW_SHUFFLE(x[0], x[1], TW_HIGH));
+    const tw_v16 second = join(TW_SHUFFLE(x[2], x[3], TW_LOW), TW_SHUFFLE(x[2], x[3], TW_HIGH));
+    tw_v16 four = join(TW_SHUFFLE(first, second, TW_EVEN), TW_SHUFFLE(first, second, TW_ODD));
+    four = join(four, TW_SHUFFLE(four, four, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    return join(four, TW_SHUFFLE(four, four, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+}
+// Number i of four in lanes 4i to 4i + 3.
+static inline tw_v16 tw_quads(const float* p) {
+    typedef float four __attribute__((vector_size(16)));
+    typedef four four_any __attribute__((aligned(1), may_alias));
+    const four x = *(const four_any*)p;
+    return TW_SHUFFLE(x, x, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+}
+static inline void tw_put_quads(float* p, tw_v16 x) { p[0] = x[0], p[1] = x[4], p[2] = x[8], p[3] = x[12]; }
+
+// The scores of a row, times `scale`, with -inf for the keys that it does not see. `shown`: 0 for keys that nobody sees.
+template <bool Whole, class T, class V>
+static inline void tw_visible_scores(const T* scores, tw_seen seen, const T* shown, T scale, V* s) {
+    typedef decltype(V{} < V{}) M;
+    constexpr int lanes = 64 / sizeof(T), vectors = tw_keys / lanes;
+    M place;
+    for (int l = 0; l < lanes; ++l) place[l] = l;
+    const V hidden = tw_limits<T>::low - V{};
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+        s[v] = tw_load(scores + v * lanes) * scale;
+        if (Whole) continue;
+        const M here = place + v * lanes;
+        s[v] = (here >= seen.from) & (here < seen.to) & (tw_load(shown + v * lanes) != V{}) ? s[v] : hidden;
+    }
+}
+
 // One row's scores of a block, times `scale` -> weights; its state is updated. The result: what its sums so far are
 // multiplied by. Keys that the row does not see weigh 0 here, and are left out of the sums of values.
 template <class T>
-__attribute__((noinline)) static T tw_soften(T* scores, tw_seen seen, T scale, T& greatest, T& total) {
+__attribute__((noinline)) static T tw_soften(T* scores, tw_seen seen, const T* shown, T scale, T& greatest, T& total) {
     typedef decltype(tw_load(scores)) V;
-    typedef decltype(V{} < V{}) M;
     constexpr int lanes = 64 / sizeof(T), vectors = tw_keys / lanes;
     const auto most = [](V a, V b) { return (a > b) | (a != a) ? a : b; };
     const auto plus = [](V a, V b) { return a + b; };
-    const V hidden = tw_limits<T>::low - V{};
-    M place;
-    for (int l = 0; l < lanes; ++l) place[l] = l;
     V s[vectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-        const M here = place + v * lanes;
-        const V score = tw_load(scores + v * lanes) * scale;
-        s[v] = (here >= seen.from) & (here < seen.to) ? score : hidden;
-    }
+    tw_visible_scores<false>(scores, seen, shown, scale, s);
     V top = s[0];
 #pragma GCC unroll 8
     for (int v = 1; v < vectors; ++v) top = most(top, s[v]);
@@ -200,6 +228,78 @@ __attribute__((noinline)) static T tw_soften(T* scores, tw_seen seen, T scale, T
     total = total * keep + tw_across(sum, plus)[0];
     greatest = new_max;
     return keep;
+}
+
+// Four rows as tw_soften does it, with the same bits: what waits in one row is done for another one meanwhile.
+template <bool Whole>
+__attribute__((noinline)) static void tw_soften_four(float* scores, const tw_seen* seen, const float* shown, float scale,
+                                                     float* greatest, float* total, float* keep) {
+    constexpr int vectors = tw_keys / 16;
+    const auto most = [](tw_v16 a, tw_v16 b) { return (a > b) | (a != a) ? a : b; };
+    const auto plus = [](tw_v16 a, tw_v16 b) { return a + b; };
+    tw_v16 s[4][vectors], top[4], sum[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+        tw_visible_scores<Whole>(scores + r * tw_keys, seen[r], shown, scale, s[r]);
+        top[r] = s[r][0];
+#pragma GCC unroll 4
+        for (int v = 1; v < vectors; ++v) top[r] = most(top[r], s[r][v]);
+    }
+    const tw_v16 before = tw_quads(greatest), found = tw_across_four(top, most);
+    const tw_v16 new_max = most(before, found);
+    float most_now[4];
+    tw_put_quads(most_now, new_max);
+    for (int r = 0; r < 4; ++r) {
+        if (most_now[r] != tw_limits<float>::low) continue;
+        for (int i = 0; i < 4; ++i)
+            keep[i] = tw_soften<float>(scores + i * tw_keys, seen[i], shown, scale, greatest[i], total[i]);
+        return;
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+        const tw_v16 top_of_row = tw_splat(most_now[r]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+            const tw_v16 weight = tw_weight(s[r][v] - top_of_row);
+            sum[r] = v ? sum[r] + weight : weight;
+            tw_put(scores + r * tw_keys + v * 16, weight);
+        }
+    }
+    const tw_v16 factor = tw_weight(before - new_max);
+    tw_put_quads(total, tw_quads(total) * factor + tw_across_four(sum, plus));
+    tw_put_quads(greatest, new_max);
+    tw_put_quads(keep, factor);
+}
+
+// All rows of a block: scores -> weights, and in `keep` what the sums of a row so far are multiplied by. `half`: room for
+// the weights in bfloat16 (packed_bf16.h), or null.
+template <class T>
+static void tw_soften_block(T* scores, int64_t rows, const tw_seen* seen, const T* shown, T scale, T* greatest, T* total,
+                            T* keep, uint16_t* half) {
+    bool whole = true;
+    for (int k = 0; k < tw_keys; ++k) whole &= shown[k] != 0;
+    for (int64_t r = 0; r < rows;) {
+        if constexpr (__is_same(T, float)) {
+            bool every = r + 4 <= rows, all = whole;
+            for (int64_t i = r; every && i < r + 4; ++i) {
+                every &= seen[i].from < seen[i].to;
+                all &= seen[i].from == 0 && seen[i].to == tw_keys;
+            }
+            if (every) {
+                (all ? tw_soften_four<true> : tw_soften_four<false>)(scores + r * tw_keys, seen + r, shown, scale,
+                                                                     greatest + r, total + r, keep + r);
+                for (int64_t i = r; half && i < r + 4; ++i) tw_round_row(scores + i * tw_keys, tw_keys, i, half);
+                r += 4;
+                continue;
+            }
+        }
+        keep[r] = 1;
+        if (seen[r].from < seen[r].to)
+            keep[r] = tw_soften<T>(scores + r * tw_keys, seen[r], shown, scale, greatest[r], total[r]);
+        if constexpr (__is_same(T, float))
+            if (half) tw_round_row(scores + r * tw_keys, tw_keys, r, half);
+        ++r;
+    }
 }
 
 template <class T> static inline void tw_scale_row(T* row, int64_t features, T factor) {
@@ -265,6 +365,9 @@ static inline void tw_mix_rows(int64_t rows, const T* weights, int64_t from, int
 template <class T>
 static void tw_mix_block(const T* weights, int64_t rows, const tw_seen* seen, const T* const* values, int64_t features,
                          T* out, int64_t stride) {
+    bool wanted = false;
+    for (int64_t r = 0; r < rows; ++r) wanted |= seen[r].from < seen[r].to;
+    if (!wanted) return;
     for (int64_t f = 0; f < features; f += tw_pass) {
         const int64_t end = tw_least<int64_t>(f + tw_pass, features);
         for (int64_t r = 0; r < rows; r += tw_tile_rows) {

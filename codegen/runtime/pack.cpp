@@ -10,7 +10,7 @@ namespace {
 
 int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-enum Kind { INT8, NIBBLES, FIVE, SIX, WORDS, HALVES };
+enum Kind { INT8, NIBBLES, FIVE, SIX, WORDS, HALVES, PAIRS };
 enum Scales { LEGACY, LEGACY_OFFSET, SUPER, SUPER_SIX, NONE };
 
 struct Format { Kind kind; Scales scales; int stored_block, stored_bytes; };
@@ -19,7 +19,7 @@ struct Format { Kind kind; Scales scales; int stored_block, stored_bytes; };
 const Format formats[] = {
     {WORDS, NONE, 1, 4},             // F32
     {HALVES, NONE, 1, 2},            // F16
-    {HALVES, NONE, 1, 2},            // BF16
+    {PAIRS, NONE, 1, 2},             // BF16
     {INT8, LEGACY, 32, 34},          // Q8_0
     {NIBBLES, LEGACY, 32, 18},       // Q4_0
     {NIBBLES, LEGACY_OFFSET, 32, 20},  // Q4_1
@@ -36,7 +36,8 @@ int64_t code_bytes(const Format& f) {
         case NIBBLES: return 256;
         case FIVE: return 320;
         case SIX: return 384;
-        case HALVES: return 1024;
+        case HALVES:
+        case PAIRS: return 1024;
         default: return 2048;
     }
 }
@@ -130,6 +131,10 @@ void put_scales(const Format& f, const uint8_t* p, int lane, int64_t at, uint8_t
 }
 
 void pack_row(const Format& f, const uint8_t* row, int64_t k, int lane, uint8_t* scales, uint8_t* codes) {
+    if (f.kind == PAIRS) {
+        for (int64_t c = 0; c < k; ++c) memcpy(codes + (c / 2 * 16 + lane) * 4 + c % 2 * 2, row + c * 2, 2);
+        return;
+    }
     if (f.kind == WORDS || f.kind == HALVES) {
         const int size = f.kind == WORDS ? 4 : 2;
         for (int64_t c = 0; c < k; ++c) memcpy(codes + (16 * c + lane) * size, row + c * size, size);

@@ -6,7 +6,7 @@
 //   codes4   4 vectors: byte b of vector i holds column 8i + b in its low half and column 8i + 4 + b in its high half
 //   fifth    1 vector: bit p of byte b is the fifth bit of column 4p + b
 //   pairs    2 vectors: bits 2q, 2q + 1 of byte b of vector h are bits 4 and 5 of column 16h + 4q + b
-//   dense    16 numbers of every column
+//   dense    16 numbers of every column; bfloat16: 16 pairs of every two columns
 // A format says: `run` columns share a scale (d) and an offset (m); `unpack`, columns 4j to 4j + 3 of a step of 32 as
 // whole numbers q; `codes`, the same as bytes q + zero; `factors`, d and m of a run. value = d * q + m. `center` is
 // what `unpack` takes off codes without a sign (tw_centered_factors). Bytes and padding: codegen/runtime/pack.cpp.
@@ -125,7 +125,7 @@ struct tw_q6_factors {
 };
 struct tw_no_factors {
     static constexpr int run = 32;
-    static constexpr bool scaled = false, offset = false;
+    static constexpr bool scaled = false, offset = false, paired = false;
     static int64_t scale_bytes(int64_t) { return 0; }
     static void factors(const uint8_t*, int64_t, tw_v16&, tw_v16&) {}
     static float d_at(const uint8_t*, int64_t, int) { return 1.0f; }
@@ -181,15 +181,28 @@ struct tw_R16_F32 : tw_no_factors {
     }
     static float code_at(const uint8_t* codes, int lane, int k) { return tw_F32::at(codes + 64 * k, lane); }
 };
-template <class Stored> struct tw_half_codes : tw_no_factors {
+struct tw_R16_F16 : tw_no_factors {
     static constexpr int code_bytes = 1024, center = 0;
     static void unpack(const uint8_t* codes, int j, tw_v16* w) {
-        for (int b = 0; b < 4; ++b) Stored::unpack(codes + 32 * (4 * j + b), w + b);
+        for (int b = 0; b < 4; ++b) tw_F16::unpack(codes + 32 * (4 * j + b), w + b);
     }
-    static float code_at(const uint8_t* codes, int lane, int k) { return Stored::at(codes + 32 * k, lane); }
+    static float code_at(const uint8_t* codes, int lane, int k) { return tw_F16::at(codes + 32 * k, lane); }
 };
-struct tw_R16_F16 : tw_half_codes<tw_F16> {};
-struct tw_R16_BF16 : tw_half_codes<tw_BF16> {};
+// Columns k and k + 1 of a row side by side: what instructions for bfloat16 take, and a tile of AMX as it is.
+struct tw_R16_BF16 : tw_no_factors {
+    static constexpr int code_bytes = 1024, center = 0;
+    static constexpr bool paired = true;
+    static void unpack(const uint8_t* codes, int j, tw_v16* w) {
+        for (int h = 0; h < 2; ++h) {
+            const tw_u32x16 pair = tw_words(codes + 64 * (2 * j + h));
+            w[2 * h] = (tw_v16)(pair << 16);
+            w[2 * h + 1] = (tw_v16)(pair & tw_all(0xffff0000u));
+        }
+    }
+    static float code_at(const uint8_t* codes, int lane, int k) {
+        return tw_BF16::at(codes + k / 2 * 64, 2 * lane + k % 2);
+    }
+};
 struct tw_R16_Q8_0 : tw_int8_codes<tw_legacy_factors<false>> {};
 struct tw_R16_Q4_0 : tw_nibble_codes<tw_legacy_factors<false>, 8> {};
 struct tw_R16_Q4_1 : tw_nibble_codes<tw_legacy_factors<true>, 0> {};

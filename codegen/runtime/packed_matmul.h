@@ -163,6 +163,84 @@ __attribute__((noinline)) static void tw_packed_many(const float* a, int64_t str
     }
 }
 
+// Where rows begin: three pointers reach nine rows, and the compiler need not keep one for each.
+struct tw_even_rows {
+    const float *a, *third, *sixth;
+    int64_t stride;
+    tw_even_rows(const float* a, int64_t stride, int64_t) : a(a), third(a + 3 * stride), sixth(a + 6 * stride), stride(stride) {}
+    const float* row(int r) const { return r < 3 ? a + r * stride : r < 6 ? third + (r - 3) * stride : sixth + (r - 6) * stride; }
+};
+// Rows beyond the last one repeat it.
+template <int R> struct tw_last_rows {
+    const float* at[R];
+    tw_last_rows(const float* a, int64_t stride, int64_t rows) {
+        for (int r = 0; r < R; ++r) at[r] = a + (r < rows ? r : rows - 1) * stride;
+    }
+    const float* row(int r) const { return at[r]; }
+};
+
+// R rows against G groups of plain numbers, one step of 32 columns read where it lies, added to the totals in `out`.
+template <class F, int R, int G, class Rows>
+static inline void tw_dense_step(const float* a, int64_t stride, int64_t rows, const uint8_t* codes, int64_t group_bytes,
+                                 float* out, int64_t out_stride) {
+    static_assert(R <= 9, "tw_even_rows");
+    const Rows of(a, stride, rows);
+    tw_v16 s[R][G];
+#pragma GCC unroll 9
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) s[r][g] = tw_v16{};
+#pragma GCC unroll 1
+    for (int j = 0; j < 8; ++j) {
+        tw_v16 w[G][4];
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) F::unpack(codes + g * group_bytes, j, w[g]);
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; ++b)
+#pragma GCC unroll 9
+            for (int r = 0; r < R; ++r) {
+                const tw_v16 x = tw_splat(of.row(r)[4 * j + b]);
+#pragma GCC unroll 4
+                for (int g = 0; g < G; ++g) s[r][g] = tw_fma(x, w[g][b], s[r][g]);
+            }
+    }
+#pragma GCC unroll 9
+    for (int r = 0; r < R; ++r) {
+        if (r >= rows) break;
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) {
+            float* const place = out + r * out_stride + 16 * g;
+            tw_put(place, tw_load(place) + s[r][g]);
+        }
+    }
+}
+
+// Many rows against G groups of plain numbers. Tiles of 6 x 4, 4 x 4, 8 x 3 and 12 x 2 are not faster than 8 x 2 (one
+// core with AVX-512, weights of MiniLM), which divides 16 rows and blocks of 64 columns.
+template <class F, int R, int G>
+__attribute__((noinline)) static void tw_dense_many(const float* a, int64_t stride, int64_t rows, const uint8_t* codes,
+                                                    int64_t group_bytes, int64_t steps, float* out, int64_t out_stride) {
+    for (int64_t r = 0; r < rows; ++r)
+        for (int g = 0; g < G; ++g) tw_put(out + r * out_stride + 16 * g, tw_v16{});
+    for (int64_t step = 0; step < steps; ++step) {
+        const uint8_t* const own = codes + step * F::code_bytes;
+        int64_t r = 0;
+        for (; r + R <= rows; r += R)
+            tw_dense_step<F, R, G, tw_even_rows>(a + r * stride + 32 * step, stride, R, own, group_bytes,
+                                                 out + r * out_stride, out_stride);
+        if (r < rows)
+            tw_dense_step<F, R, G, tw_last_rows<R>>(a + r * stride + 32 * step, stride, rows - r, own, group_bytes,
+                                                    out + r * out_stride, out_stride);
+    }
+}
+
+template <class F, int R, int G>
+static inline void tw_many(const float* a, int64_t stride, int64_t rows, const float* a_sums, const uint8_t* base,
+                           int64_t group_bytes, int64_t steps, float* out, int64_t out_stride) {
+    if constexpr (F::scaled) tw_packed_many<F, R, G>(a, stride, rows, a_sums, base, group_bytes, steps, out, out_stride);
+    else tw_dense_many<F, R, G>(a, stride, rows, base, group_bytes, steps, out, out_stride);
+}
+
 // All columns of a block: `base` is its first group, `columns` may end inside the last one. Every tile here is a good
 // part of a second of compilation, so there are few of them.
 template <class F>
@@ -170,7 +248,7 @@ __attribute__((noinline)) static void tw_packed_matmul(const float* a, int64_t s
                                                        const uint8_t* base, int64_t columns, int64_t steps, float* out,
                                                        int64_t out_stride) {
 #if defined(__AVX512F__)
-    constexpr int R = 6, G = 4, R1 = 8;
+    constexpr int R = F::scaled ? 6 : 8, G = F::scaled ? 4 : 2, R1 = 8;
 #else
     constexpr int R = 3, G = 2, R1 = 4;
 #endif
@@ -188,10 +266,10 @@ __attribute__((noinline)) static void tw_packed_matmul(const float* a, int64_t s
 #endif
 #undef TW_FEW
         else if (g + G <= groups) {
-            tw_packed_many<F, R, G>(a, stride, rows, a_sums, w, group_bytes, steps, to, out_stride);
+            tw_many<F, R, G>(a, stride, rows, a_sums, w, group_bytes, steps, to, out_stride);
             g += G;
         } else {
-            tw_packed_many<F, R1, 1>(a, stride, rows, a_sums, w, group_bytes, steps, to, out_stride);
+            tw_many<F, R1, 1>(a, stride, rows, a_sums, w, group_bytes, steps, to, out_stride);
             g += 1;
         }
     }

