@@ -26,6 +26,7 @@ from torchweld.graph.meaning.context import (
     shape_of,
 )
 from torchweld.graph.meaning.views import permuted_dims
+from torchweld.graph.ops.scan import CachedScan
 from torchweld.graph.terms import Expr, cast, op
 
 aten = torch.ops.aten
@@ -37,7 +38,7 @@ PERMUTES = frozenset({
     aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.numpy_T.default,
 })  # fmt: skip
 APPEND = torch.ops.torchweld.append_rows.default
-CUMSUM = torch.ops.torchweld.cached_cumsum.default
+RUNNING = torch.ops.torchweld.cached_running.default
 MAX_PIECES = (
     8  # each piece is a part, and a kernel has at most eight: a longer concatenation reads under guards
 )
@@ -114,7 +115,7 @@ def _reads_before(reader: fx.Node, earlier: Collection[fx.Node]) -> bool:
     """
     if isinstance(reader.meta.get("val"), torch.SymInt):
         return True
-    return reader.target is CUMSUM and reader in earlier
+    return (reader.target is RUNNING or isinstance(reader.target, CachedScan)) and reader in earlier
 
 
 def _ancestors(node: object) -> set[fx.Node]:

@@ -30,6 +30,7 @@ from torch.export.graph_signature import InputKind
 from torchweld.graph.capture_errors import CaptureError, explain_failure, first_line, is_data_dependent
 from torchweld.graph.capture_graph import functionalize, read_exported, to_program_form
 from torchweld.graph.capture_inputs import Example, Family, Role, flatten_example
+from torchweld.graph.capture_scan import keep_scans
 from torchweld.graph.capture_source import record_sources
 from torchweld.graph.capture_verify import Model, find_differences
 from torchweld.graph.program import Program, SizeRange, StaticDim
@@ -266,7 +267,14 @@ def _export_once(flat: FlatModel, example: Example, attempt: Attempt) -> Exporte
         specs[axis.leaf][axis.dim] = Dim.AUTO
     patches = _transformers_patches(flat.model) if attempt.patched else contextlib.nullcontext()
     sources = record_sources(FlatModel.forward.__code__.co_filename)
-    with patches, _clean_state(flat), sources, _silence(), warnings.catch_warnings():
+    with (
+        patches,
+        keep_scans(),
+        _clean_state(flat),
+        sources,
+        _silence(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         return torch.export.export(
             flat, _tensors(example, attempt.sizes), dynamic_shapes=(tuple(specs.values()),), strict=False

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch._functorch.predispatch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from torchweld.graph.capture_errors import CaptureError
+from torchweld.graph.capture_scan import SCANS, add_scan
 from torchweld.graph.edit import erase_dead, fake_weight, writes
 from torchweld.graph.program import find_fake_mode, source_line
 
@@ -28,11 +30,8 @@ aten = torch.ops.aten
 
 KEPT_META = ("val", "stack_trace", "nn_module_stack")
 WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
-LOOPS = ("scan", "associative_scan", "while_loop")
-LOOP_ADVICE = (
-    "a recurrence would need a kernel that loops over the sequence and a state rule for decoding, and has neither: "
-    "a running sum can be torch.cumsum, a memory of a few positions a causal convolution"
-)
+LOOP_ADVICE = "a recurrence over the sequence can be torch._higher_order_ops.scan, a running sum torch.cumsum"
+VMAP_OPS = (torch._functorch.predispatch._add_batch_dim, torch._functorch.predispatch._remove_batch_dim)
 IDENTITIES = (
     aten.detach.default,
     aten.detach_.default,
@@ -254,11 +253,13 @@ class _Builder:
         if _is_assertion(node):
             self.guards.append(_assertion_text(node))
         elif isinstance(target, torch._ops.HigherOrderOperator):
-            copies[node] = self._inline(node, copies)
+            copies[node] = self._scan(node, copies) if str(target) in SCANS else self._inline(node, copies)
         elif target is operator.getitem and isinstance(whole := self._inlined(node, copies), tuple):
             index = node.args[1]
             assert isinstance(index, int)
             copies[node] = whole[index]
+        elif target in VMAP_OPS and node.users:
+            raise _vmap_refusal(node)
         elif (same := _same_as(node)) is not None:
             copies[node] = copies[same]
         else:
@@ -275,6 +276,11 @@ class _Builder:
         copy = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
         _copy_meta(node, copy)
         return copy
+
+    def _scan(self, node: fx.Node, copies: dict[fx.Node, object]) -> tuple[object, ...]:
+        """What stands for a scan; the values it returns."""
+        body, *operands = self._translated(node.args, copies)
+        return add_scan(self.graph, node, body, tuple(operands), self.mode, self._read)
 
     def _inline(self, node: fx.Node, copies: dict[fx.Node, object]) -> tuple[object, ...]:
         """Body of a grad-mode or autocast wrapper, in place of the wrapper; the values it returns."""
@@ -294,7 +300,9 @@ class _Builder:
                 f"the control-flow operator {wrapper}",
                 source_line(node),
                 "straight-line tensor code",
-                LOOP_ADVICE if wrapper in LOOPS else "compute both branches and select with torch.where",
+                LOOP_ADVICE
+                if wrapper == "while_loop"
+                else "compute both branches and select with torch.where",
             )
         body = bodies[0]
         assert isinstance(body, fx.GraphModule)
@@ -312,6 +320,16 @@ class _Builder:
 
     def _translated(self, argument: object, copies: Mapping[fx.Node, object]) -> Any:
         return fx.node.map_arg(cast(Any, argument), lambda node: cast(Any, copies[node]))
+
+
+def _vmap_refusal(node: fx.Node) -> CaptureError:
+    """Why the inside of a vmap is no part of a program: it means something between two calls of functorch only."""
+    return CaptureError(
+        "torch.vmap in the exported graph, or an associative_scan that torch.export unrolled for one length",
+        source_line(node),
+        "operations on whole batches",
+        "capture the model itself, which keeps an associative_scan; spell a vmap out",
+    )
 
 
 def without_autograd(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,10 @@
     found.attentions, found.sources, found.tables, found.limit
 
 Every value is *uniform* (no sequence axis), or *along* one axis on which position t depends on position t of its
-operands alone. Only attention with a proved causal or window mask, causal convolutions and cumulative sums may look
-back, and only position sources (what an arange or a slice of a table gives) may depend on where t is; both are listed,
-so that a rewrite can give them a past. Any other op is refused with its node: nothing here is inferred from examples.
+operands alone. Only attention with a proved causal or window mask, causal convolutions, running values (cumsum and its
+kin) and scans may look back, and only position sources (what an arange or a slice of a table gives) may depend on where
+t is; both are listed, so that a rewrite can give them a past. Any other op is refused with its node: nothing here is
+inferred from examples.
 """
 
 from __future__ import annotations
@@ -90,8 +91,9 @@ class SequenceAnalysis:
 
     tokens: the input with the sequence at axis 1, whose size is `symbol`; axis 0 is the `batch`, which is 1 or varies.
     along: every value with a sequence axis.
-    attentions, carried: what looks back, each in graph order; carried are causal convolutions and cumulative sums
-    (graph/sequence_states.py).  key_masks: masks that depend on the key's position alone (ALiBi), by attention.
+    attentions, carried: what looks back, each in graph order; carried are causal convolutions, running values and scans
+    (graph/sequence_states.py, sequence_scans.py).
+    key_masks: masks that depend on the key's position alone (ALiBi), by attention.
     pair_masks: masks of two positions (a bias by distance), each with what it is made of (graph/sequence_pairs.py).
     crosses: attentions to an encoder, in graph order.  encoded: what they read of it (graph/sequence_encoder.py).
     limit: the positions that tables and capture allow, None for no limit.  token_limit: rows of the smallest table that
@@ -228,7 +230,7 @@ def walk_sequence(
     if isinstance(logits, Refusal):
         return logits
     if not scope.attentions and not scope.carried:
-        reason = "there is no attention, causal convolution or cumulative sum: nothing would be cached"
+        reason = "there is no attention, causal convolution, cumulative sum or scan: nothing would be cached"
         return Refusal(reason, logits)
     mine = [size for size in program.sizes if size.dim == 1 and (not others or size.input == tokens.name)]
     highest = [size.high for size in mine if size.high is not None]
@@ -338,7 +340,9 @@ def _follow(scope: Scope, node: fx.Node, rule_of: RuleOf) -> Along | None:
 
 def _as_line(scope: Scope, node: fx.Node, shapes: list[tuple[Expr, ...]]) -> Along | None:
     """A node without tokens whose value is proved to be a line of the position; it is remembered as a source."""
-    if len(shapes) != 1 or any((along := scope.of(s)) and along.tokens for s in node.all_input_nodes):
+    if not isinstance(node.meta.get("val"), torch.Tensor) or any(
+        (along := scope.of(s)) and along.tokens for s in node.all_input_nodes
+    ):
         return None
     axes = [axis for axis, size in enumerate(shapes[0]) if scope.follows(size)]
     line = scope.line(node, axes[0]) if len(axes) == 1 else None

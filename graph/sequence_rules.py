@@ -1,7 +1,8 @@
 """What every op does to the sequence axis: the rules of `sequence.walk_sequence`.
 
 A rule returns the sequence axis of its result if position t of it depends on position t of the operands alone, and
-raises Mixes otherwise. Attention may look back: it is noted as a state. So may what `sequence_states` has rules for.
+raises Mixes otherwise. Attention may look back: it is noted as a state. So may what `sequence_states` and
+`sequence_scans` have rules for.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torchweld.graph.sequence import (
 from torchweld.graph.sequence_encoder import choose_tokens, cross_attention, is_cross, note_encoder
 from torchweld.graph.sequence_inputs import find_tokens
 from torchweld.graph.sequence_pairs import place_pairs
+from torchweld.graph.sequence_scans import SCAN_RULES, scan_rule
 from torchweld.graph.sequence_states import STATE_RULES
 
 ATTENTION: Final = torch.ops.torchweld.attention.default
@@ -56,7 +58,7 @@ def analyse_sequence(program: Program, tokens: str | None = None) -> SequenceAna
 
 def rule_of(node: fx.Node) -> Rule | None:
     """The rule of a call; ops that torch tags as pointwise need none of their own."""
-    rule = RULES.get(node.target)
+    rule = RULES.get(node.target) or scan_rule(node)
     if rule is None and isinstance(node.target, torch._ops.OpOverload):
         return POINTWISE if torch.Tag.pointwise in node.target.tags else None
     return rule
@@ -231,8 +233,6 @@ def _reduction(position: int = 1, keep: int = 2, default: object = None) -> Call
 def _mixing(node: fx.Node) -> str:
     """Why an op along the sequence axis has no place in a causal step."""
     name = str(node.target).split(".")[-2]
-    if name.startswith(("cum", "logcum")):
-        return f"{name} over the sequence axis carries a running state, which has no state rule yet"
     if name == "flip":
         return "flip of the sequence axis: position t reads position S - 1 - t, a later token"
     return f"{name} over the sequence axis: a later token changes earlier outputs"
@@ -291,10 +291,12 @@ def _table(scope: Scope, node: fx.Node, table: fx.Node, axis: int) -> Along:
     return Along(axis, tokens=False)
 
 
-def _select(scope: Scope, node: fx.Node) -> Along:
+def _select(scope: Scope, node: fx.Node) -> Along | None:
     source, along = _source(scope, node)
     axis = _dims(node, source, 1, "dim", 0)[0]
     if axis == along.axis:
+        if all(user.target in SHAPE_ONLY for user in node.users):
+            return None  # zeros_like(x[:, 0]), where a scan begins: nothing reads what it holds
         raise Mixes("one position of the sequence axis: which one it is changes with every token")
     return Along(along.axis - (axis < along.axis), along.tokens)
 
@@ -368,6 +370,11 @@ def _check_mask(scope: Scope, node: fx.Node, mask: fx.Node) -> None:
     scope.key_masks[node] = mask
 
 
+SHAPE_ONLY: Final = frozenset({
+    aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.new_ones.default,
+    aten.new_zeros.default, aten.new_full.default,
+})  # fmt: skip
+"""What takes shape, dtype and device of its operand, and no value (passes/step_copy.py does not copy the operand)."""
 POINTWISE: Final = Rule(_pointwise)
 UNIFORM: Final = Rule(_uniform, sizes=True)
 LIKE: Final = Rule(_like)
@@ -381,6 +388,7 @@ def _named(rule: Rule, *names: str) -> dict[Any, Rule]:
 
 RULES: Final[dict[Any, Rule]] = {
     **_named(POINTWISE, "_to_copy", "clone", "alias", "detach", "contiguous", "dropout", "masked_fill"),
+    **_named(POINTWISE, "log_sigmoid", "hardswish"),  # torch does not tag them
     **dict.fromkeys((aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf), POINTWISE),
     torch.ops.torchweld.rope.default: POINTWISE,
     **_named(UNIFORM, "ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "scalar_tensor"),
@@ -399,8 +407,7 @@ RULES: Final[dict[Any, Rule]] = {
     **_named(Rule(_matmul), "matmul", "mm", "bmm"),
     aten.layer_norm.default: Rule(_norm),
     aten.rms_norm.default: Rule(_norm),
-    **_named(Rule(_keeping(1)), "softmax", "_softmax", "log_softmax", "_log_softmax", "cumprod"),
-    **_named(Rule(_keeping(1)), "logcumsumexp"),
+    **_named(Rule(_keeping(1)), "softmax", "_softmax", "log_softmax", "_log_softmax"),
     aten.flip.default: Rule(_keeping(1, "dims")),
     aten.roll.default: Rule(_keeping(2, "dims")),
     aten.sort.default: Rule(_keeping(1, default=-1)),
@@ -416,4 +423,5 @@ RULES: Final[dict[Any, Rule]] = {
     torch.ops.torchweld.dequantize.default: Rule(_dequantize),
     ATTENTION: Rule(_attention),
     **STATE_RULES,
+    **SCAN_RULES,
 }

@@ -1,11 +1,11 @@
-"""Operations besides attention that may look back along the sequence: causal convolutions and cumulative sums.
+"""Convolutions, which may look back along the sequence as attention does: those that are causal.
 
     read_convolution(node)       # Convolution(source, ...): result t reads inputs up to t; or why not
     STATE_RULES                  # their rules for `sequence.walk_sequence`
 
 A convolution is causal by its sizes alone: (K - 1) * dilation zeros in front of the input, as many results as inputs.
 In front they come by an explicit pad, or by symmetric padding whose last results a slice cuts off. What is carried:
-the last (K - 1) * dilation inputs of a convolution, the last sum of a cumulative sum.
+the last (K - 1) * dilation inputs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from torchweld.graph.match import (
     is_tensor,
     rank_of,
     shape_of,
-    tensor_of,
 )
 from torchweld.graph.ops import causal_convolution as convolution_op
 from torchweld.graph.rewrite import Refusal
 from torchweld.graph.sequence import Along, Mixes, Rule, Scope, op_name
 
 CONVOLUTION: Final = torch.ops.torchweld.causal_convolution.default
-CUMSUM: Final = aten.cumsum.default
 CONVOLUTIONS: Final = (aten.conv1d.default, aten.conv1d.padding, aten.convolution.default)
 PADS: Final = (aten.pad.default, aten.constant_pad_nd.default)
 # Importing it is what registers the op.
@@ -202,25 +200,6 @@ def _convolutions_of(node: fx.Node) -> list[fx.Node]:
     return readers
 
 
-def _cumsum(scope: Scope, node: fx.Node) -> Along:
-    """A sum over the sequence carries its last value; a line, such as counted positions, is a source instead."""
-    source, along = _source(scope, node)
-    if along.axis != axis_argument(node, 1, "dim", rank_of(source)):
-        return along
-    if not along.tokens and scope.line(node, along.axis) is not None:
-        raise Mixes("a line of positions")  # the caller asks for the line again and notes a source
-    if not scope.is_whole(source, along.axis):
-        raise Mixes("cumsum over the sequences of a batch, one behind the other")
-    others = [size for axis, size in enumerate(shape_of(source)) if axis != along.axis]
-    batch = shape_of(scope.tokens)[0]
-    if any(not isinstance(size, int) and size != batch for size in others):
-        raise Mixes("cumsum of a value whose other sizes vary")
-    if tensor_of(node).is_complex():
-        raise Mixes("cumsum of complex numbers has no state rule")
-    scope.carried.append(node)
-    return Along(along.axis, tokens=True)
-
-
 def _source(scope: Scope, node: fx.Node) -> tuple[fx.Node, Along]:
     """The first operand, which has the sequence; Mixes where another operand has it too."""
     source: Any = node.args[0]
@@ -234,7 +213,6 @@ def _source(scope: Scope, node: fx.Node) -> tuple[fx.Node, Along]:
 
 STATE_RULES: Final[dict[Any, Rule]] = {
     CONVOLUTION: Rule(_convolution),
-    CUMSUM: Rule(_cumsum),
     **dict.fromkeys(CONVOLUTIONS, Rule(_other_convolution)),
     **dict.fromkeys(PADS, Rule(_pad)),
 }

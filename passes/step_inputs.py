@@ -3,7 +3,8 @@
     ids int64 [B, T], past int64 [B], positions int64 [B, T], rows int64 [R], (path int64 [B, T, T] for a tree,)
     then, of an encoder, encoded_i (passes/step_cross.py),
     then per pair of keys and values: key_i [B, heads, C, key features], value_i [B, heads, C, value features],
-    and state_i [B, 1, C, features] for what keeps rows of one kind (a convolution, a cumulative sum), in graph order
+    and state_i [B, 1, C, features] for what keeps rows of one kind (a convolution, a cumulative sum, one
+    carry of a scan), in graph order
 
 B, T, R and one C per kind of layer are symbolic and may be any size; nothing about them is guessed from an example.
 """

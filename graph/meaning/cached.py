@@ -1,4 +1,4 @@
-"""Rows that a convolution kept, by position: see graph/ops/cached_rows.py."""
+"""Rows that a convolution kept, by position, and running values: see graph/ops/cached_rows.py and cached_running.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torchweld.graph.meaning.context import (
     shape_of,
     tensor_of,
 )
-from torchweld.graph.ops import cached_rows as _cached_op  # noqa: F401  registers the ops
+from torchweld.graph.ops import cached_rows as _rows_op  # noqa: F401  registers the op
+from torchweld.graph.ops import cached_running as _running_op  # noqa: F401  registers the op
 from torchweld.graph.terms import Guard, Term, cast, const, op
 
 
@@ -45,14 +46,14 @@ def _cached_rows(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     return Guard(dtype, op("ge", wanted, zero), value, const(0, dtype))
 
 
-def _cached_cumsum(meaning: Meaning, node: fx.Node, index: Index) -> Term:
+def _cached_running(meaning: Meaning, node: fx.Node, index: Index) -> Term:
     """Reassociating a sum would give one row and many rows other bits, so no Fold may stand for it."""
     raise Unsupported(
-        "a running sum adds one new row after the other, for which kernels have no loop: it runs eagerly"
+        "a running value takes in one new row after the other, for which kernels have no loop: it runs eagerly"
     )
 
 
 CACHED: dict[object, Rule] = {
     torch.ops.torchweld.cached_rows.default: Rule("pointwise", _cached_rows),
-    torch.ops.torchweld.cached_cumsum.default: Rule("reduce", _cached_cumsum),
+    torch.ops.torchweld.cached_running.default: Rule("reduce", _cached_running),
 }

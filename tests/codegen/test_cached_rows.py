@@ -113,7 +113,7 @@ def test_the_reference_of_a_dump_is_plain_torch() -> None:
 
 
 def summed(cache: Tensor, rows: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-    sums = ops.cached_cumsum(cache, rows * 2, past, None)
+    sums = ops.cached_running(cache, rows * 2, past, None, "sum")
     return sums + 1, ops.append_rows(cache, sums, past)
 
 
@@ -125,7 +125,7 @@ def test_sums_are_read_before_they_are_written_in_place(dtype: torch.dtype) -> N
     plan = plan_of_graph(symbolic_graph(summed, (cache, rows, past), {0: (0, 2), 1: (0, 2), 2: (0,)})).plan
     assert list(plan.in_place.values()) == [plan.inputs[0].name]
     (eager,) = (step for step in plan.steps if isinstance(step, EagerStep))
-    assert "adds one new row after the other" in eager.reason
+    assert "takes in one new row after the other" in eager.reason
     wanted = summed(cache, rows, past)
     given = cache.clone()
     found = Executable(plan, threads=1)(given, rows, past)
@@ -136,7 +136,7 @@ def test_sums_are_read_before_they_are_written_in_place(dtype: torch.dtype) -> N
 
 def test_a_sum_that_is_no_part_of_the_rows_keeps_the_cache_from_being_overwritten() -> None:
     def beside(cache: Tensor, rows: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.append_rows(cache, rows, past), ops.cached_cumsum(cache, rows, past, None)
+        return ops.append_rows(cache, rows, past), ops.cached_running(cache, rows, past, None, "sum")
 
     inputs = (torch.randn(1, 1, 5, 3), torch.randn(1, 1, 2, 3), torch.tensor([4]))
     plan = plan_of_graph(symbolic_graph(beside, inputs, {})).plan

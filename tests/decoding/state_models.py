@@ -1,4 +1,4 @@
-"""Small causal language models that carry more than keys and values: convolutions of many kinds, and running sums."""
+"""Small causal language models that carry more than keys and values: convolutions, running values, and scans."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops import associative_scan, scan
 from torch.nn import functional as F
 
 WORDS, WIDTH, HEADS = 23, 12, 2
@@ -69,6 +70,120 @@ class CumulativeMean(nn.Module):
         return result
 
 
+class MinimalGRU(nn.Module):
+    """minGRU in log space (Feng et al., 2024), by the scan of Heinsen (2023): a product is a sum of logarithms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.into(x).chunk(2, -1)
+        log_coefficients = -F.softplus(gate)
+        candidate = torch.where(hidden >= 0, (F.relu(hidden) + 0.5).log(), -F.softplus(-hidden))
+        log_values = candidate - F.softplus(-gate)
+        so_far = log_coefficients.cumsum(1)
+        return x + (so_far + (log_values - so_far).logcumsumexp(1)).exp()
+
+
+class MinimalLSTM(nn.Module):
+    """minLSTM: forget and input gates that sum to 1, both in log space; products of gates spelled as a product, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        forget, put, value = self.into(x).transpose(1, 2).chunk(3, 1)
+        ratio = F.softplus(-forget) - F.softplus(-put)
+        so_far = (-F.softplus(ratio)).cumsum(-1)
+        terms = (-F.softplus(-ratio)) + F.logsigmoid(value) - so_far
+        decay = torch.sigmoid(forget + 4).cumprod(-1)
+        result: Tensor = x + ((so_far + terms.logcumsumexp(-1)).exp() + decay).transpose(1, 2)
+        return result
+
+
+class Extremes(nn.Module):
+    """The greatest and least values so far, of floats, tokens and flags, and a learned vector for where they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Embedding(64, 2)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        values, places = x.cummax(1)
+        least = x.transpose(1, 2).cummin(-1).values.transpose(1, 2)
+        words, found = (ids % 5).cummin(1)
+        flags = (ids > 2).cummin(1).values
+        where = self.places(places[..., ::2]).flatten(-2) + self.places(found)[..., :1]
+        result: Tensor = x + values - least + where + (words / 4 + flags)[..., None]
+        return result
+
+
+class RecurrentCell(nn.Module):
+    """An LSTM as torch's scan of a cell: two carries and a counter, closed-over weights, a learned beginning.
+
+    Run as it is, it is a loop: the oracle does not depend on torch's scan, which is only what torch.export sees.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.again = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(WIDTH, 4 * WIDTH)
+        self.first = nn.Parameter(torch.randn(WIDTH))
+
+    def cell(
+        self, carry: tuple[Tensor, Tensor, Tensor], row: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """The next carry, and the result of a row."""
+        hidden, memory, count = carry
+        put, forget, new, out = (row + self.again(hidden)).chunk(4, -1)
+        memory = torch.sigmoid(forget) * memory + torch.sigmoid(put) * torch.tanh(new)
+        hidden = torch.sigmoid(out) * torch.tanh(memory)
+        return (hidden, memory, count + 1), hidden / (count + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.into(x)
+        zero = torch.zeros_like(x[:, 0])
+        carry = self.first.expand(x.shape[0], WIDTH), zero, torch.zeros(x.shape[0], 1, dtype=torch.int64)
+        if torch.compiler.is_exporting():
+            _, found = scan(self.cell, tuple(part.clone() for part in carry), rows, dim=1)
+            return x + found
+        results = []
+        for row in rows.unbind(1):
+            carry, result = self.cell(carry, row)
+            results.append(result)
+        return x + torch.stack(results, 1)
+
+
+class LinearRecurrence(nn.Module):
+    """h[t] = a[t] h[t - 1] + b[t] as an associative scan of pairs; as it is, a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.into(x).chunk(2, -1)
+        gate = torch.sigmoid(gate)
+        if torch.compiler.is_exporting():
+            pairs = gate, value
+            _, found = associative_scan(_follow, pairs, dim=1, combine_mode="generic")
+            return x + found
+        results = [value[:, 0]]
+        for place in range(1, x.shape[1]):
+            results.append(gate[:, place] * results[-1] + value[:, place])
+        return x + torch.stack(results, 1)
+
+
+def _follow(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """One step of a linear recurrence after another."""
+    return left[0] * right[0], left[1] * right[0] + right[1]
+
+
+READ_TOKENS = (CumulativeMean, Extremes)
+"""Layers that read the tokens beside their vectors."""
+
+
 class StateModel(nn.Module):
     """Embedding, some layers, a norm, and the embedding as the head."""
 
@@ -82,7 +197,7 @@ class StateModel(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.words(ids)
         for layer in self.layers:
-            x = layer(x, ids) if isinstance(layer, CumulativeMean) else layer(x)
+            x = layer(x, ids) if isinstance(layer, READ_TOKENS) else layer(x)
         return F.linear(self.norm(x), self.words.weight)
 
 
@@ -90,8 +205,11 @@ LAYERS: dict[str, Callable[[], list[nn.Module]]] = {
     "short": lambda: [ShortConvolution(), Attention(), PaddedConvolution(2, 1, WIDTH, 2)],
     "wide": lambda: [PaddedConvolution(3, 2, 1), PaddedConvolution(3, 1, 3), PaddedConvolution(11, 1, WIDTH)],
     "mean": lambda: [Attention(), CumulativeMean()],
+    "running": lambda: [MinimalGRU(), Extremes(), MinimalLSTM()],
+    "scan": lambda: [RecurrentCell(), Attention(), LinearRecurrence()],
 }
-"""By name: LFM2's mix; no attention, and more taps than are spelled out; running sums of floats and of integers."""
+"""By name: LFM2's mix; no attention, and more taps than are spelled out; running sums of floats and of integers; scans
+in log space, and extremes; torch's scans beside attention."""
 
 
 def state_model(kind: str) -> StateModel:

@@ -1,4 +1,4 @@
-"""Convolutions and running sums in a step against the model without a cache, and one row against many to the bit."""
+"""Convolutions, running values and scans in a step against the model without a cache; one row and many to the bit."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._higher_order_ops import scan
 
 from tests.decoding.state_models import LAYERS, WORDS, state_model
 from torchweld.decoding.cached import CachedModel, CacheError, NotDecodable
-from torchweld.decoding.capture_causal import capture_causal
-from torchweld.graph.capture_errors import CaptureError
+from torchweld.graph.capture_causal import capture_causal
 from torchweld.optimizer.commands.decode import explain_decoding
 from torchweld.optimizer.compile import Options
 
@@ -194,16 +192,32 @@ def test_states_say_what_they_are() -> None:
     assert kinds == {
         "short": [("convolution", 3, 48), ("causal", 0, 96), ("convolution", 2, 48)],
         "wide": [("convolution", 5, 48), ("convolution", 3, 48), ("convolution", 11, 48)],
-        "mean": [("causal", 0, 96), ("cumulative sum", 2, 48), ("cumulative sum", 2, 8)],
+        "mean": [("causal", 0, 96), ("cumulative sum", 2, 96), ("cumulative sum", 2, 8)],
+        "running": [
+            ("cumulative sum", 2, 96), ("cumulative log-sum-exp", 2, 96),
+            ("cumulative maximum", 2, 48), ("cumulative maximum", 2, 96), ("cumulative minimum", 2, 48),
+            ("cumulative minimum", 2, 8), ("cumulative minimum", 2, 8), ("cumulative minimum", 2, 1),
+            ("cumulative sum", 2, 96), ("cumulative product", 2, 96), ("cumulative log-sum-exp", 2, 96),
+        ],
+        "scan": [
+            ("scan", 2, 48), ("scan", 2, 48), ("scan", 2, 8), ("causal", 0, 96),
+            ("associative scan", 2, 48), ("associative scan", 2, 48),
+        ],
+    }  # fmt: skip
+    assert [state.dtype for state in subject("mean").cached.states[1:]] == [torch.float64, torch.int64]
+
+
+def test_only_running_values_and_scans_run_eagerly_and_say_why() -> None:
+    expected = {
+        "mean": (2, "takes in one new row after the other"),
+        "scan": (2, "torchweld.cached_scan: no rule"),
     }
-    assert [state.dtype for state in subject("mean").cached.states[1:]] == [torch.float32, torch.int64]
-
-
-def test_only_sums_run_eagerly_and_say_why() -> None:
+    expected["running"] = (11, "takes in one new row after the other")
     for kind in KINDS:
         fallbacks = subject(kind).cached.compiled().report.fallbacks
-        assert len(fallbacks) == (2 if kind == "mean" else 0), fallbacks
-        assert all("adds one new row after the other" in fallback.reason for fallback in fallbacks)
+        count, reason = expected.get(kind, (0, ""))
+        assert len(fallbacks) == count, fallbacks
+        assert all(reason in fallback.reason for fallback in fallbacks)
 
 
 def test_explanation_shows_the_states() -> None:
@@ -211,6 +225,32 @@ def test_explanation_shows_the_states() -> None:
     assert report.kinds() == "3 layers: 1 convolution of 3, 1 causal, 1 convolution of 2"
     assert "a kernel of 3 behind 2 zeros" in report.to_markdown()
     assert report.cache_bytes(100) == 3 * 48 + 100 * 96 + 2 * 48
+
+
+def test_all_results_of_what_looks_back_last_reach_the_logits() -> None:
+    """The rows that get logits are chosen behind them, not behind the first of them."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.words, self.head = nn.Embedding(WORDS, 6), nn.Linear(6, WORDS)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            values, places = self.words(ids).cummax(1)
+            logits: Tensor = self.head(values + places / 8)
+            return logits
+
+    found, ids = Subject(Last().eval()), draw_ids(2, LENGTH, 3)
+    parts = [found.cached.prefill(ids[:, :5])[:, None], found.cached.step(ids[:, 5:], logits_for="all")]
+    torch.testing.assert_close(torch.cat(parts, 1), found.whole(ids)[:, 4:], **TOLERANCE)
+
+
+def test_the_carries_of_a_scan_belong_to_one_layer() -> None:
+    report = explain_decoding(capture_causal(state_model("scan")), ONE_THREAD)
+    assert report.kinds() == "3 layers: 1 scan, 1 causal, 1 associative scan"
+    assert [layer.layer for layer in report.layers] == [0, 0, 0, 1, 2, 2]
+    assert "carry 2 of 3 after the last row, in float32" in report.to_markdown()
 
 
 def test_a_product_of_what_came_before_is_a_sum_of_logarithms() -> None:
@@ -274,28 +314,6 @@ def test_other_convolutions_are_refused_by_name(padding: int, stride: int, reaso
     with pytest.raises(NotDecodable, match=reason) as caught:
         CachedModel.from_module(Other().eval(), options=ONE_THREAD)
     assert caught.value.refusal.node is not None and "conv1d" in str(caught.value.refusal.node.target)
-    assert "test_cached_states.py:" in str(caught.value)
-
-
-def test_a_linear_scan_is_refused_by_name() -> None:
-    class Scanning(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.words = nn.Embedding(WORDS, 6)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            x = self.words(ids)
-
-            def decay(state: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-                return state * 0.5 + row, state * 0.5 + row
-
-            _, y = scan(decay, x[:, 0] * 0, x, dim=1)
-            return y @ self.words.weight.T
-
-    with pytest.raises(
-        CaptureError, match=r"the control-flow operator scan.*state rule for decoding"
-    ) as caught:
-        CachedModel.from_module(Scanning().eval(), options=ONE_THREAD)
     assert "test_cached_states.py:" in str(caught.value)
 
 

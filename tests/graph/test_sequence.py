@@ -129,6 +129,10 @@ def test_convolutions_and_sums_are_carried_in_graph_order() -> None:
     assert [found.along[node] for node in found.carried] == [Along(1, tokens=True), Along(2, tokens=True)]
 
 
+def test_elementwise_ops_that_torch_does_not_tag() -> None:
+    assert analysed(lambda m, ids, x: F.logsigmoid(F.hardswish(x))).carried == ()
+
+
 def test_sums_over_features_carry_nothing() -> None:
     assert analysed(lambda m, ids, x: x.cumsum(-1)).carried == ()
 
@@ -144,7 +148,6 @@ REFUSALS: dict[str, tuple[Mix, str, str]] = {
     "sum of all": (lambda m, ids, x: x / x.sum(), "sum.default", "a later token changes earlier outputs"),
     "softmax": (lambda m, ids, x: x.softmax(1), "softmax.int", "a later token changes earlier outputs"),
     "maximum": (lambda m, ids, x: x - x.amax(1, keepdim=True), "amax", "a later token changes earlier outputs"),
-    "cumprod": (lambda m, ids, x: x.cumprod(1), "cumprod", "running state"),
     "cumsum through the batch": (
         lambda m, ids, x: x.reshape(-1, WIDTH).cumsum(0).reshape(x.shape), "cumsum", "one behind the other",
     ),

@@ -141,7 +141,7 @@ def test_samples(name: str) -> None:
 ELSEWHERE = {
     "torchweld.append_rows.default": "test_append_rows.py",
     "torchweld.cached_attention.default": "cached_cases.py",
-    "torchweld.cached_cumsum.default": "test_cached_rows.py",
+    "torchweld.cached_running.default": "test_cached_rows.py",
     "torchweld.cached_rows.default": "test_cached_rows.py",
 }
 """Rules of operations on a cache: tested against their eager meaning in a file of tests/codegen each."""

@@ -1,4 +1,4 @@
-"""torchweld::cached_rows and cached_cumsum against loops, and torchweld::causal_convolution against torch."""
+"""torchweld::cached_rows against a loop, and torchweld::causal_convolution against torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tests.ops.test_cached_attention import draw_path
 from torchweld.graph.ops.cached_attention import append_rows
-from torchweld.graph.ops.cached_rows import cached_cumsum, cached_rows
+from torchweld.graph.ops.cached_rows import cached_rows
 from torchweld.graph.ops.causal_convolution import causal_convolution
 
 FEATURES = 3
@@ -65,37 +65,6 @@ def test_rows_are_those_of_a_loop(
                 assert torch.equal(found[b, t, tap], expected)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=3), count=st.integers(1, 6), spare=st.integers(1, 4),
-    tree=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64, torch.int64]), seed=st.integers(0, 999),
-)  # fmt: skip
-def test_sums_are_those_of_a_loop_to_the_bit(
-    lengths: list[int], count: int, spare: int, tree: bool, dtype: torch.dtype, seed: int
-) -> None:
-    batch, draw = len(lengths), torch.Generator().manual_seed(seed)
-    capacity = count + spare
-    cache = (9 * torch.randn(batch, 1, capacity, FEATURES, generator=draw)).to(dtype)
-    rows = (9 * torch.randn(batch, 1, count, FEATURES, generator=draw)).to(dtype)
-    path = paths(batch, count, seed) if tree else None
-    past = torch.tensor(lengths)
-    found = cached_cumsum(cache, rows, past, path)
-    assert found.dtype == dtype
-    for b, length in enumerate(lengths):
-        start = cache[b, 0, (length - 1) % capacity] if length else torch.zeros(FEATURES, dtype=dtype)
-        for t in range(count):
-            total = start
-            for row in chain_of(path, b, t):
-                total = total + rows[b, 0, row]
-            assert torch.equal(found[b, 0, t], total)
-
-
-def test_the_first_row_needs_no_slot() -> None:
-    rows = torch.tensor([[[[1.0], [2.0]]]])
-    found = cached_cumsum(torch.empty(1, 1, 0, 1), rows, torch.tensor([0]), None)
-    assert found.flatten().tolist() == [1.0, 3.0]
-
-
 ROWS: dict[str, Any] = {
     "cache": torch.zeros(2, 1, 8, 3), "past": torch.zeros(2, dtype=torch.int64),
     "positions": torch.zeros(2, 2, dtype=torch.int64), "path": None, "taps": 2, "dilation": 1,
@@ -116,23 +85,6 @@ ROWS: dict[str, Any] = {
 def test_bad_reads_are_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         cached_rows(**{**ROWS, **changed})
-
-
-@pytest.mark.parametrize(
-    ("cache", "rows", "message"),
-    [
-        (torch.zeros(1, 1, 4, 3), torch.zeros(1, 1, 2, 5), "rows (1, 1, 2, 5) for a cache (1, 1, 4, 3)"),
-        (torch.zeros(1, 1, 4, 3), torch.zeros(1, 1, 2, 3).double(), "expected one dtype"),
-        (
-            torch.zeros(1, 1, 4, 3).half(),
-            torch.zeros(1, 1, 2, 3).half(),
-            "expected one dtype of torch.float32",
-        ),
-    ],
-)
-def test_bad_sums_are_refused(cache: Tensor, rows: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        cached_cumsum(cache, rows, torch.tensor([0]), None)
 
 
 @settings(max_examples=30, deadline=None)
