@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from torchweld.optimizer.cli import Json, Model, Threads, app, run
+from torchweld.optimizer.cli import Json, Model, PrecisionOption, Threads, app, run
 from torchweld.optimizer.failures import INTERRUPTED
 
 __all__ = ["app", "generate", "main"]
@@ -56,6 +56,7 @@ def generate(
     ] = None,
     heads: Annotated[Path | None, typer.Option(help="With --decode medusa: a file of trained heads.")] = None,
     threads: Threads = None,
+    precision: PrecisionOption = "f32",
     eager: Annotated[bool, typer.Option("--eager", help="Run torch's own kernels instead of ours.")] = False,
     cache: Annotated[
         bool,
@@ -68,6 +69,7 @@ def generate(
     """Continue a text with the language model MODEL, as it comes. Ctrl-C ends the text."""
     # Lazily, as in optimizer/cli.py: this imports torch.
     from torchweld.decoding.generate_command import GenerateWish, Sampling, run_generate
+    from torchweld.optimizer.commands.subject import check_precision
 
     wish = GenerateWish(
         model=model,
@@ -82,6 +84,7 @@ def generate(
         draft=draft,
         heads=heads,
         threads=threads,
+        precision=check_precision(precision),
         eager=eager,
         cache=cache,
         as_json=json,

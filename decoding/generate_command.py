@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from torchweld.codegen.cpp_packed import Precision
 from torchweld.decoding.cached import NotDecodable
 from torchweld.decoding.chat import Message, render_chat
 from torchweld.decoding.choose_strategy import (
@@ -37,7 +38,15 @@ from torchweld.decoding.greedy import LogitsModel
 from torchweld.decoding.medusa import load_heads
 from torchweld.decoding.plot_accepted import plot_accepted
 from torchweld.decoding.recompute import RecomputeModel
-from torchweld.decoding.show_statistics import WIDTH, Readings, print_table, read_statistics, summary, to_json
+from torchweld.decoding.show_statistics import (
+    WIDTH,
+    Readings,
+    precision_of,
+    print_table,
+    read_statistics,
+    summary,
+    to_json,
+)
 from torchweld.decoding.step_model import DecodingError, Proposer, StepModel
 from torchweld.decoding.step_source import StepSource
 from torchweld.models.errors import ModelFileError
@@ -50,6 +59,7 @@ from torchweld.optimizer.commands.subject import (
     compile_subject,
     load_subject,
 )
+from torchweld.optimizer.compile import Compiled
 from torchweld.optimizer.suggest import check_name
 
 # Control characters but tab and line feed: a text must not move the cursor or speak to the terminal.
@@ -95,20 +105,30 @@ class GenerateWish:
     draft: str | None = None
     heads: Path | None = None
     threads: int | None = None
+    precision: Precision = "f32"
     eager: bool = False
     cache: bool = True
     as_json: bool = False
     table: bool = False
     plot: Path | None = None
 
+    @property
+    def machine(self) -> Wish:
+        """What of it concerns the compiler; the same for the model and a draft."""
+        return Wish(threads=self.threads, precision=self.precision)
+
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model, where its guesses come from, and the seconds it took to get there."""
+    """A model, where its guesses come from, and the seconds it took to get there.
+
+    compiled: the program that a pass runs, where there is one.
+    """
 
     model: StepModel
     proposer: Proposer | None
     seconds: float
+    compiled: Compiled | None = None
 
 
 def run_generate(wish: GenerateWish, out: TextIO | None = None, error: TextIO | None = None) -> bool:
@@ -119,12 +139,14 @@ def run_generate(wish: GenerateWish, out: TextIO | None = None, error: TextIO | 
     out, error = out or sys.stdout, error or sys.stderr
     check_name("strategy", wish.decode, STRATEGIES, "--decode")
     check_sources(wish.decode, wish.references, wish.draft, wish.heads)
+    if wish.eager and wish.precision != "f32":
+        raise DecodingError(f"--precision {wish.precision} is of our kernels; expected f32 with --eager")
     # whatever can be wrong is looked at before the model is, which takes seconds
     sources = Sources(
         references=tuple(read_text(path) for path in wish.references),
         heads=None if wish.heads is None else load_heads(wish.heads),
     )
-    subject = load_subject(wish.model, Wish(threads=wish.threads))
+    subject = load_subject(wish.model, wish.machine)
     tokenizer = language_tokenizer(subject.loaded, wish.model)
     ids = encode_prompt(tokenizer, wish)
     decoder = _build(subject, tokenizer, ids, wish, sources, error)
@@ -194,7 +216,7 @@ def _build(
 ) -> Decoder:
     """The model and its proposer; without a cache, with the reason on `error`, where none can be derived."""
     begin = time.perf_counter()
-    options = Wish(threads=wish.threads).options()
+    options = wish.machine.options()
     if wish.eager or not wish.cache:
         return _without_cache(subject, tokenizer, wish, sources, begin)
     source = StepSource.of_module(subject.loaded.module, options=options, phase=subject.phase)
@@ -208,7 +230,7 @@ def _build(
         proposer = build_proposer(wish.decode, model, source, tokenizer, sources, options, ids)
     if proposer is not None and proposer.row_counts is not None:
         model.compiled(is_tree=True)  # else the first pass with a tree would wait for it
-    return Decoder(model, proposer, time.perf_counter() - begin)
+    return Decoder(model, proposer, time.perf_counter() - begin, model.compiled())
 
 
 def _without_cache(
@@ -219,20 +241,18 @@ def _without_cache(
         raise DecodingError(
             f"--decode {wish.decode} needs the cache; expected auto, plain or lookup without one"
         )
-    if wish.eager:
-        model = recompute_model(decoded_model(subject.loaded.module))
-    else:
-        model = recompute_model(compile_subject(subject, Wish(threads=wish.threads)))
+    job = None if wish.eager else compile_subject(subject, wish.machine)
+    model = recompute_model(job or decoded_model(subject.loaded.module))
     proposer = None if wish.decode == "plain" else build_lookup(tokenizer, sources.references)
-    return Decoder(model, proposer, time.perf_counter() - begin)
+    return Decoder(model, proposer, time.perf_counter() - begin, None if job is None else job.compiled)
 
 
 def _load_draft(wish: GenerateWish) -> Draft | None:
     if wish.draft is None:
         return None
-    subject = load_subject(wish.draft, Wish(threads=wish.threads))
+    subject = load_subject(wish.draft, wish.machine)
     tokenizer = language_tokenizer(subject.loaded, wish.draft)
-    options = Wish(threads=wish.threads).options()
+    options = wish.machine.options()
     source = StepSource.of_module(subject.loaded.module, options=options, phase=subject.phase)
     return Draft(build_model("draft", source, options), tokenizer)
 
@@ -279,9 +299,10 @@ def _write_all(pieces: Stream, out: TextIO | None) -> bool:
 
 def _report(generation: Generation, decoder: Decoder, wish: GenerateWish, out: TextIO, error: TextIO) -> None:
     statistics = generation.statistics
-    readings = Readings(statistics)
+    precision = precision_of(decoder.compiled)
+    readings = Readings(statistics, precision=precision)
     if (wish.table or wish.as_json) and statistics.passes:
-        readings = read_statistics(statistics, decoder.model)
+        readings = replace(read_statistics(statistics, decoder.model), precision=precision)
     if wish.as_json:
         content = {
             "model": wish.model,
@@ -296,9 +317,9 @@ def _report(generation: Generation, decoder: Decoder, wish: GenerateWish, out: T
     elif wish.table:
         print_table(readings, Console(file=error, width=WIDTH))
     else:
-        how = (
-            "; no cache: every pass read the whole text" if isinstance(decoder.model, RecomputeModel) else ""
-        )
+        how = "" if precision in (None, "f32") else f", {precision}"
+        if isinstance(decoder.model, RecomputeModel):
+            how += "; no cache: every pass read the whole text"
         print(summary(statistics) + how, file=error)
     if wish.plot is not None:
         wish.plot.write_text(plot_accepted(statistics, f"{wish.model}, {statistics.strategy}"), "utf-8")

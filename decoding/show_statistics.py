@@ -40,12 +40,14 @@ class Readings:
 
     bytes_per_pass: read and written by a pass of one row behind a typical text. read_gb_s: the machine's ceiling.
     break_even: the rate of acceptance from which guesses pay, at the cost that guessing and passes had.
+    precision: of products with stored weights (codegen/cpp_packed.py); None where torch's kernels ran.
     """
 
     statistics: Statistics
     bytes_per_pass: int | None = None
     read_gb_s: float | None = None
     break_even: float | None = None
+    precision: str | None = None
 
     @property
     def gb_s(self) -> float | None:
@@ -66,12 +68,21 @@ def read_statistics(statistics: Statistics, model: StepModel) -> Readings:
     """Statistics of a generation by `model` with what is known of the machine, measured now or before."""
     if not isinstance(model, Reported):
         return Readings(statistics)
-    moved = sum(launch.bytes_moved for launch in model.compiled().report.launches)
+    compiled = model.compiled()
+    moved = sum(launch.bytes_moved for launch in compiled.report.launches)
     least = None
     if statistics.drafted:
         costs = costs_of(model)
         least = break_even(costs, statistics.proposal_seconds / statistics.drafted / costs.seconds[0])
-    return Readings(statistics, moved or None, measured_target(Cache()).read_gb_s, least)
+    return Readings(
+        statistics, moved or None, measured_target(Cache()).read_gb_s, least, precision_of(compiled)
+    )
+
+
+def precision_of(compiled: Compiled | None) -> str | None:
+    """What a compiled program computes products with stored weights in; None where torch's kernels run it."""
+    executable = None if compiled is None else compiled.executable
+    return None if executable is None else executable.precision
 
 
 def to_json(readings: Readings) -> dict[str, Number]:
@@ -79,6 +90,7 @@ def to_json(readings: Readings) -> dict[str, Number]:
     s = readings.statistics
     numbers: dict[str, Number] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()}
     return numbers | {
+        "precision": readings.precision,
         "tokens_per_second": s.tokens_per_second,
         "tokens_per_pass": s.tokens_per_pass,
         "mean_accepted": s.mean_accepted,
@@ -122,6 +134,8 @@ def _rows(readings: Readings) -> list[tuple[str, str, str]]:
         ("speed", f"{s.tokens_per_second:.1f}", "tokens/s behind the first"),
         ("passes", f"{s.passes}", f"{s.tokens_per_pass:.2f} tokens each"),
     ]
+    if readings.precision is not None:
+        rows.append(("precision", readings.precision, "for products with stored weights"))
     gb_s, share = readings.gb_s, readings.share_of_read
     if gb_s is not None and share is not None:
         rows.append(

@@ -234,16 +234,21 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps) / 2.0
 
 
-def reference_float64(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Outputs:
+def reference_float64(
+    graph_module: fx.GraphModule,
+    inputs: Sequence[object],
+    interpreter: type[Float64Interpreter] = Float64Interpreter,
+) -> Outputs:
     """Run a captured graph in float64 and return its flat outputs; floats are float64, integers and bools as
     they are.
 
     `inputs` are the flat placeholder values in order; they are not changed. Weights are widened one at a time
     and freed after their last use, so a large model needs its activations, not its weights, twice.
+    `interpreter`: graph/float64_pieces.py has one that does not even widen a whole weight.
     Raises ValueError for a graph that reinterprets the bits of floats.
     """
     with torch.no_grad(), _default_dtype_float64():
-        result = Float64Interpreter(graph_module).run(*inputs)
+        result = interpreter(graph_module).run(*inputs)
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 

@@ -38,9 +38,7 @@ def compare_logits(actual: Tensor, reference: Tensor) -> LogitComparison:
             f"compare_logits: shapes {tuple(actual.shape)} and {tuple(reference.shape)}, expected equal"
         )
     mine, right = actual.double(), reference.double()
-    log_p, log_q = right.log_softmax(-1), mine.log_softmax(-1)
-    terms = torch.where(log_p.exp() > 0, log_p.exp() * (log_p - log_q), 0.0)
-    kl = terms.sum(-1).nan_to_num(nan=math.inf).clamp(min=0.0)
+    kl = kl_rows(right.log_softmax(-1), mine.log_softmax(-1))
     choice, best = mine.argmax(-1), right.argmax(-1)
     gap = right.amax(-1) - right.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
     differs = choice != best
@@ -51,3 +49,13 @@ def compare_logits(actual: Tensor, reference: Tensor) -> LogitComparison:
         first_disagreement=tuple(differs.nonzero()[0].tolist()) if bool(differs.any()) else None,
         lost_gap=gap.max().item(),
     )
+
+
+def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats of every row: float64 log-probabilities [..., V] twice -> [...]; NaN in q counts as infinite.
+
+    Rounding may make it negative by about 1e-16, which is 0.
+    """
+    p = log_p.exp()
+    terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
+    return terms.sum(-1).nan_to_num(nan=math.inf).clamp(min=0.0)

@@ -60,6 +60,9 @@ Batch = Annotated[int | None, typer.Option(min=1, help="Batch size (1 for langua
 Length = Annotated[int | None, typer.Option("--seq", min=1, help="Sequence length (64 for language models).")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads (all cores).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", help="Of products with stored weights: f32, bf16 or int8.")
+]
 Guide = Annotated[str, typer.Option(help="Decide fusions by the cost 'model' or by 'measure'.")]
 
 HELP: Final = "Optimize transformer models: fuse them into few kernels, and say what was done."
@@ -109,19 +112,31 @@ def explain_(
     decode: Annotated[
         bool, typer.Option("--decode", help="Say instead how MODEL decodes; exit code 1 if it does not.")
     ] = False,
+    quality: Annotated[
+        bool, typer.Option("--quality", help="Say instead how far each precision is from float64 on a text.")
+    ] = False,
+    text: Annotated[
+        Path | None, typer.Option(help="With --quality: a text file instead of the text that we ship.")
+    ] = None,
     json: Json = False,
     markdown: Annotated[bool, typer.Option(help="Print Markdown.")] = False,
 ) -> None:
     """Say what each pass did to MODEL, what each kernel costs, and what runs eagerly."""
     from torchweld.optimizer.commands.explain import is_right, print_report
+    from torchweld.optimizer.commands.quality import check_options, explain_quality, print_quality
     from torchweld.optimizer.commands.subject import Wish, explain_subject, load_subject
 
     check_name("guide", guide, ("model", "measure"), "--guide")
+    check_options(decode=decode, quality=quality, text=text)
     wish = Wish(batch, seq, threads, guide, 2 * int(check), profile=profile)  # 2: every pass as well
+    if quality:
+        measured = explain_quality(load_subject(model, wish), wish, text)
+        print_quality(measured, make_console(), as_json=json, as_markdown=markdown)
+        return
     if decode:
-        from torchweld.optimizer.commands.decode import explain_subject_decoding, print_decoding
+        from torchweld.optimizer.commands.decode import explain_subject_decoding, load_decoder, print_decoding
 
-        found = explain_subject_decoding(load_subject(model, wish), wish)
+        found = explain_subject_decoding(load_decoder(model), wish)
         print_decoding(found, make_console(), as_json=json, as_markdown=markdown)
         if not found.decodes:
             raise typer.Exit(NO)
@@ -181,13 +196,15 @@ def bench(
     seq: Length = None,
     threads: Threads = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 20,
+    precision: PrecisionOption = "f32",
     json: Json = False,
 ) -> None:
     """Time the optimized MODEL against torch eager, call by call in turns."""
     from torchweld.optimizer.commands.bench import bench_model
-    from torchweld.optimizer.commands.subject import Wish
+    from torchweld.optimizer.commands.subject import Wish, check_precision
 
-    bench_model(model, Wish(batch, seq, threads), rounds, make_console(), as_json=json)
+    wish = Wish(batch, seq, threads, precision=check_precision(precision))
+    bench_model(model, wish, rounds, make_console(), as_json=json)
 
 
 @app.command()
@@ -238,9 +255,9 @@ def cache_path() -> None:
 
 
 def make_console() -> Console:
-    """Stdout: as wide as the terminal, 100 columns where there is none."""
+    """Stdout: as wide as the terminal, or as the variable COLUMNS says; 100 columns where there is neither."""
     console = Console()
-    return console if console.is_terminal else Console(width=WIDTH)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)
 
 
 def main() -> int:

@@ -205,9 +205,9 @@ def find_warm_start(
     cache = options.cache or Cache()
     fuel = options.fuel if options.fuel is not None else environment.fuel
     target = options.target or measured_target(cache)
-    # Threads decide measured choices, and whether the compiled program was faster than torch.
-    threads = (options.threads, torch.get_num_threads())
-    facts = (options.guide, threads, options.skip | environment.skip, fuel, target, dynamic, more)
+    # Threads and precision decide measured choices, and whether the compiled program was faster than torch.
+    speed = (options.threads, torch.get_num_threads(), options.precision)
+    facts = (options.guide, speed, options.skip | environment.skip, fuel, target, dynamic, more)
     digest = fingerprint(model, args, kwargs, facts)
     if digest is None:
         return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from torchweld.codegen.cpp_packed import PRECISIONS, Precision
 from torchweld.graph.capture import capture
 from torchweld.graph.capture_inputs import Family, flatten_example
 from torchweld.graph.program import Program
@@ -23,6 +24,7 @@ from torchweld.optimizer.pipeline import pass_names
 from torchweld.optimizer.profile import kernel_timer, profile
 from torchweld.optimizer.progress import show_phase
 from torchweld.optimizer.report import Report
+from torchweld.optimizer.suggest import check_name
 from torchweld.optimizer.verify import StageCheck, compile_and_compare
 
 DEFAULT_BATCH = 1
@@ -40,10 +42,17 @@ class Wish:
     verify: int = 0
     strict: bool = False
     profile: bool = False
+    precision: Precision = "f32"
 
     def options(self) -> Options:
         """What of it concerns the compiler."""
-        return Options(threads=self.threads, guide=self.guide, strict=self.strict)
+        return Options(threads=self.threads, guide=self.guide, strict=self.strict, precision=self.precision)
+
+
+def check_precision(name: str) -> Precision:
+    """What --precision names; UnknownNameError for what is none."""
+    check_name("precision", name, PRECISIONS, "--precision")
+    return name  # type: ignore[return-value]
 
 
 @dataclass

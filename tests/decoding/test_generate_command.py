@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 
 from tests.tiny_models import tiny_model
-from torchweld.decoding import generate_command
+from torchweld.decoding import generate_command, step_source
 from torchweld.decoding.cli import app
 from torchweld.decoding.generate import stream
 from torchweld.decoding.generate_command import (
@@ -30,6 +30,7 @@ from torchweld.decoding.generate_command import (
 )
 from torchweld.decoding.generation import Stream
 from torchweld.decoding.step_model import DecodingError
+from torchweld.graph.program import Program
 from torchweld.models.errors import ModelFileError
 from torchweld.models.load import LoadedModel, load_model
 from torchweld.optimizer.cli import run
@@ -126,6 +127,39 @@ def test_every_strategy_gives_one_text(torchweld: Runner, tmp_path: Path) -> Non
     assert ElementTree.parse(plot).getroot().tag.endswith("svg")
 
 
+def test_precision(torchweld: Runner) -> None:
+    options = (*PROMPT, "--tokens", 8, "--decode", "plain")
+    done = torchweld(*options, "--precision", "bf16", "--json")
+    assert done.code == 0, done
+    content = json.loads(done.out)
+    assert content["statistics"]["precision"] == "bf16" and len(content["tokens"]) == 8
+    done = torchweld(*options, "--precision", "bf16", "--stats")
+    assert "bf16  for products with stored weights" in done.err and done.out == content["text"] + "\n"
+    assert torchweld(*options, "--precision", "int8").err.endswith(", int8\n")
+    assert ", int8; no cache" in torchweld(*options, "--precision", "int8", "--recompute").err
+
+
+def test_f32_is_what_nobody_asks_for(torchweld: Runner) -> None:
+    statistics = json.loads(torchweld(*PROMPT, "--tokens", 4, "--json").out)["statistics"]
+    assert statistics["precision"] == "f32"
+    assert "f32" not in torchweld(*PROMPT, "--tokens", 4).err
+    eager = json.loads(torchweld(*PROMPT, "--tokens", 4, "--json", "--eager").out)["statistics"]
+    assert eager["precision"] is None
+
+
+def test_every_precision_starts_warm(torchweld: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = (*PROMPT, "--tokens", 6, "--decode", "plain", "--json")
+    cold = {p: json.loads(torchweld(*options, "--precision", p).out) for p in ("f32", "bf16", "int8")}
+
+    def capture_nothing(*args: object) -> Program:
+        raise AssertionError("a warm start captures nothing")
+
+    monkeypatch.setattr(step_source, "capture_causal", capture_nothing)
+    for precision, expected in cold.items():
+        warm = json.loads(torchweld(*options, "--precision", precision).out)
+        assert warm["tokens"] == expected["tokens"] and warm["statistics"]["precision"] == precision
+
+
 def test_sampling_repeats_with_its_seed(folder: Path) -> None:
     loaded = load_model(str(folder))
     tokenizer = language_tokenizer(loaded, "m")
@@ -182,6 +216,8 @@ def test_prompt_from_stdin(torchweld: Runner, monkeypatch: pytest.MonkeyPatch) -
         (("--reference", "none.txt"), "none.txt: No such file"),
         (("--draft", "smollm2"), "--draft is for --decode draft"),
         (("--decode", "draft", "--recompute"), "--decode draft needs the cache"),
+        (("--precision", "int4"), "unknown precision 'int4'; the nearest valid one is 'int8'"),
+        (("--precision", "bf16", "--eager"), "expected f32 with --eager"),
         (("--top-p", "2"), "--top-p"),
         (("--top-p", "0", "--recompute"), "top_p is 0.0"),
         (("--stop", "", "--recompute"), "an empty stop string"),

@@ -53,6 +53,11 @@ def test_table() -> None:
     assert len(bars) == 5 and max(line.count("█") for line in bars) == 40
 
 
+def test_precision_is_named_where_it_is_known() -> None:
+    assert "int8  for products with stored weights" in table(Readings(PLAIN, precision="int8"))
+    assert "precision" not in table(Readings(PLAIN))
+
+
 def test_plain_decoding_has_no_guesses_to_show() -> None:
     text = table(Readings(PLAIN))
     assert "guess" not in text and "GB/s" not in text and "50.0  tokens/s" in text
@@ -66,6 +71,7 @@ def test_json_names_units() -> None:
     numbers = json.loads(json.dumps(to_json(Readings(SPECULATIVE, 100_000_000, 10.0, 0.123))))
     assert numbers["accepted_lengths"] == [1, 0, 1, 2, 2, 2]
     assert (numbers["tokens_per_second"], numbers["gb_s"]) == (80.0, pytest.approx(2.5))
+    assert numbers["precision"] is None
     assert (numbers["break_even_acceptance"], numbers["first_token_seconds"]) == (0.123, 0.25)
 
 
