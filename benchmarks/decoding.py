@@ -28,13 +28,13 @@ from benchmarks.peers.ours import options_for
 from benchmarks.publish import RESULTS
 from benchmarks.rows import FORMATS, Format, write_text
 from torchweld import Options, load_model
-from torchweld.decoding.capture_causal import capture_causal
 from torchweld.decoding.chat import Message, render_chat
 from torchweld.decoding.choose_strategy import GUESSES, SCHEDULES, Sources, build_model, build_proposer
 from torchweld.decoding.generate import generate
 from torchweld.decoding.generation import Generation
 from torchweld.decoding.medusa import load_heads
 from torchweld.decoding.step_model import Proposer, StepModel
+from torchweld.graph.capture_causal import capture_causal
 from torchweld.graph.program import Program
 from torchweld.models.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from torchweld.decoding.capture_causal import capture_causal
+from torchweld.graph.capture_causal import capture_causal
 from torchweld.graph.program import Program
 from torchweld.graph.rewrite import Refusal
 from torchweld.graph.sequence import describe_refusal

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from torchweld import load_model
 from torchweld.decoding.cached import CachedModel
-from torchweld.decoding.capture_causal import capture_causal
 from torchweld.decoding.generation import Generation
+from torchweld.graph.capture_causal import capture_causal
 from torchweld.graph.program import Program
 from torchweld.models.load import LoadedModel
 from torchweld.models.tokenizer import Tokenizer

@@ -179,7 +179,7 @@ def _repeat(prover: Prover, node: fx.Node, index: Index) -> Value:
     shape = shape_of(source)
     rest = len(times) - len(shape)
     if any(count != 1 and size != 1 for count, size in zip(times[rest:], shape, strict=True)):
-        raise Unprovable(f"{node.name} says more than one entry again")
+        raise Unprovable(f"{node.name} repeats an axis that has several entries")
     return prover.operand(source, index[rest:])
 
 

@@ -25,6 +25,7 @@ from torchweld.graph.cost import roofline_microseconds
 from torchweld.graph.fusion import Measure
 from torchweld.graph.groups import Group, GroupGraph
 from torchweld.graph.index import evaluate
+from torchweld.graph.match import rank_of
 from torchweld.graph.program import Program, source_line
 from torchweld.graph.rewrite import Pass
 from torchweld.graph.target import Target
@@ -238,16 +239,18 @@ def layer_number(weight: fx.Node) -> int | None:
 
 
 def group_layers(groups: GroupGraph) -> dict[int, int | None]:
-    """The layer of every group: that of the first weight that it reads; without weights, the latest of what it reads.
+    """The layer of every group: that of its matrices; else of the first weight; else the latest of what it reads.
 
-    A kernel that reaches into the next layer (a norm after the residual, and the norm in front of the next block)
-    belongs to the layer in which it begins; one that begins with the embedding belongs to none.
+    A kernel that reaches over the end of a layer (the last norm of one, and the projections of the next) belongs to the
+    layer whose matrices it reads; one without matrices to the layer in which it begins.
     """
     layers: dict[int, int | None] = {}
     for group in groups.topological():
         weights = [node for node in group.inputs if node.op == "get_attr"]
         if weights:
-            layers[group.id] = layer_number(weights[0])
+            matrices = [node for node in weights if rank_of(node) > 1]
+            inside = [node for node in matrices if layer_number(node) is not None]
+            layers[group.id] = layer_number([*inside, *matrices, *weights][0])
             continue
         before = [layers[parent] for parent in groups.dag.predecessors(group.id)]
         layers[group.id] = max((n for n in before if n is not None), default=None)

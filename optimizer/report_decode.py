@@ -22,7 +22,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class StateRecord:
-    """What one attention keeps (several layers may read one state), or a convolution or cumulative sum.
+    """What one attention keeps (several layers may read one state), a convolution, a running value, a carry of a scan.
 
     kind: "causal" keeps every position, all others the last `window`. value_features is 0 where there are no keys and
     values but rows of key_features alone.  mask_proof: how it is known what is read. bytes_per_token: of one sequence.
@@ -83,7 +83,7 @@ class DecodeReport:
 
     def kinds(self) -> str:
         """`26 layers: 22 window 512, 4 causal`."""
-        names = [_kind(layer) for layer in self.layers]
+        names = [kind for _, kind in dict.fromkeys((layer.layer, _kind(layer)) for layer in self.layers)]
         counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
         return f"{len(names)} layers: {counts}"
 
@@ -116,7 +116,7 @@ class DecodeReport:
 
     def tables(self) -> tuple[Table, ...]:
         """The tables that have something to say."""
-        cross = state_table(self.crosses, "Keys and values of the encoder (per position of the source)")
+        cross = state_table(self.crosses, "Encoder: keys and values (per source position)")
         tables = state_table(self.layers), cross, proof_table(self.layers), fallback_table(self.fallbacks)
         return tuple(table for table in tables if table.rows)
 
@@ -198,7 +198,7 @@ def _kind(layer: StateRecord) -> str:
 def _ranges(numbers: Sequence[int]) -> str:
     """`0-4, 6-10` for ascending numbers."""
     runs: list[list[int]] = []
-    for number in numbers:
+    for number in dict.fromkeys(numbers):
         if runs and runs[-1][1] == number - 1:
             runs[-1][1] = number
         else:

@@ -9,6 +9,7 @@ from torchweld.graph.rewrite import Pass
 from torchweld.passes import (
     canonicalize_activations,
     canonicalize_arithmetic,
+    canonicalize_biases,
     canonicalize_einsum,
     canonicalize_identities,
     canonicalize_linear,
@@ -69,6 +70,8 @@ RECOGNIZE: Final[tuple[Pass[Any], ...]] = (
     recognize_rope,
     # After rope and norms: nothing in an attention needs them, but what it leaves dead is less.
     recognize_attention,
+    # What stayed a tensor beside the mask that was proved.
+    canonicalize_biases,
     recognize_convolution,
     # Attention leaves permutes of permutes, reshapes back and forth, and masks that nothing reads.
     canonicalize_views,

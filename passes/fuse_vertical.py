@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from torchweld.graph.fusion import Move
 from torchweld.graph.groups import GroupGraph
 from torchweld.graph.rewrite import Exactness, Refusal
-from torchweld.passes.fusion_shapes import has_anchor, writes_side_by_side
+from torchweld.passes.fusion_shapes import has_anchor, selects_from, writes_side_by_side
 
 NAME = "fuse_vertical"
 EXACTNESS: Exactness = "reassoc"
@@ -43,5 +43,7 @@ def check(groups: GroupGraph, move: Move) -> Refusal | None:
 
 
 def rank(groups: GroupGraph, move: Move) -> int:
-    """Work after a matmul before work in front of one, which is done again for every tile of columns."""
-    return 1 if has_anchor(groups.groups[move[1]]) else 0
+    """Work after a matmul before work in front of one, which is done again for every tile of columns; and before a
+    selection is joined with the work that it selects from, which then no longer could be joined with the matmul."""
+    producer, consumer = (groups.groups[member] for member in move)
+    return 1 if has_anchor(consumer) or selects_from(consumer, producer) else 0

@@ -8,6 +8,7 @@ from torchweld.graph.groups import Group, kind_of
 
 aten = torch.ops.aten
 CONCATENATIONS = frozenset({aten.cat.default, aten.concat.default, aten.stack.default})
+SELECTIONS = frozenset({aten.index_select.default, aten.index.Tensor, aten.gather.default})
 
 
 def has_anchor(group: Group) -> bool:
@@ -18,3 +19,12 @@ def has_anchor(group: Group) -> bool:
 def writes_side_by_side(group: Group) -> bool:
     """Whether an output of the group is a concatenation, whose pieces could be written in place."""
     return any(node.target in CONCATENATIONS for node in group.outputs)
+
+
+def selects_from(consumer: Group, producer: Group) -> bool:
+    """Whether `consumer` chooses entries of what `producer` makes: joined, the choice happens before the work."""
+    return any(
+        node.target in SELECTIONS and source in producer.nodes
+        for node in consumer.nodes
+        for source in node.all_input_nodes[:1]
+    )

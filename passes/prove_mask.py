@@ -25,6 +25,7 @@ from torchweld.graph.bands import Bands, Interval
 from torchweld.graph.match import aten, constant_tensor, dtype_of, is_call, shape_of
 from torchweld.graph.positions import Extents, Prover, Unprovable
 from torchweld.passes.match_attention import NEVER_A_SCORE, Mask, hidden_below
+from torchweld.passes.show_proof import show_parts
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def _prove(prover: Prover, masks: Sequence[Mask], causal: bool) -> Verdict:
         proof += f" for every size, {DISTANCE}"
     else:
         proof += f"; together {_show(reach)} for every size, {DISTANCE}"
+    steps = [show_parts(prover, finding.mask) for finding in known]
+    proof = ": ".join([proof, *filter(None, ["; ".join(filter(None, steps))])])
     return (
         Verdict("causal", 0, kept, proof)
         if reach == math.inf
@@ -153,8 +156,16 @@ def lower_bound(graph_module: fx.GraphModule, node: object) -> float | None:
         return None
     if is_call(node, aten.arange.default):
         return 0.0
+    if is_call(node, aten.ones_like.default, aten.ones.default):
+        return 1.0
     if is_call(node, *MOVES):
         return lower_bound(graph_module, node.args[0])
+    if is_call(node, aten.cumsum.default):  # at least the first summand, if none is negative
+        low = lower_bound(graph_module, node.args[0])
+        return low if low is not None and low >= 0 else None
+    if is_call(node, aten.sub.Tensor) and isinstance(node.args[1], (int, float)) and not node.kwargs:
+        low = lower_bound(graph_module, node.args[0])
+        return None if low is None else low - node.args[1]
     if is_call(node, aten.mul.Tensor, aten.add.Tensor) and len(node.args) == 2 and not node.kwargs:
         low, other = (lower_bound(graph_module, part) for part in node.args)
         if low is None or other is None:

@@ -6,8 +6,8 @@ after:   logits, caches = f(ids[B, T], past[B], positions[B, T], rows[R], caches
              cached_attention(q, keys, values, past, path, mask, "causal")
 why:     a token then costs one row of every matmul instead of S rows
 legal:   position t of every value depends on position t alone (graph/sequence_rules.py), but for attention with a
-         mask proved causal or window, and causal convolutions and cumulative sums (step_states.py); positions are
-         lines of arange, tables are sliced from their start
+         mask proved causal or window, causal convolutions (step_states.py), cumulative sums and their kin
+         (step_running.py) and scans (step_scan.py); positions are lines of arange, tables are sliced from their start
 source:  TensorRT-LLM AutoDeploy, insert_cached_attention; the proof in place of its pattern list is ours
 
 The same proof lets the rows of all sequences lie behind each other in a batch of one (`step_copy`):
@@ -27,18 +27,21 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from torchweld.graph.edit import drop_unused_tensors, erase_dead
-from torchweld.graph.match import aten, dim_key, shape_of, tensor_of
+from torchweld.graph.match import aten, is_tensor, shape_of, tensor_of
 from torchweld.graph.ops import cached_attention as cached_attention_op
+from torchweld.graph.ops.scan import CachedScan
 from torchweld.graph.program import Program, SizeRange
 from torchweld.graph.rewrite import Exactness, Refusal
 from torchweld.graph.sequence import SequenceAnalysis
 from torchweld.graph.sequence_rules import analyse_sequence
 from torchweld.passes.split_encoder import split_encoder
+from torchweld.passes.step_carried import CarriedScope
 from torchweld.passes.step_copy import NAME, Stand, StepCopier
 from torchweld.passes.step_cross import CrossWriter, add_encoded_inputs
 from torchweld.passes.step_inputs import CacheShape, StepInputs, add_path_input, add_step_inputs
 from torchweld.passes.step_pairs import PairWriter
-from torchweld.passes.step_states import CACHED_CUMSUM, CACHED_ROWS, CarriedWriter, describe_carried
+from torchweld.passes.step_running import CACHED_RUNNING
+from torchweld.passes.step_states import CACHED_ROWS, describe_carried, stands_of_carried
 
 __all__ = ["EXACTNESS", "NAME", "LayerState", "StepProgram", "derive_step", "with_tree"]
 
@@ -46,7 +49,7 @@ EXACTNESS: Exactness = "reassoc"
 HEADS_TO_ROWS: Final = [0, 2, 1, 3]  # [B, H, T, D] <-> [B, T, H, D]
 APPEND: Final = torch.ops.torchweld.append_rows.default
 CACHED_ATTENTION: Final = torch.ops.torchweld.cached_attention.default
-PATH_ARGUMENT: Final = {CACHED_ATTENTION: 4, CACHED_ROWS: 3, CACHED_CUMSUM: 3}
+PATH_ARGUMENT: Final = {CACHED_ATTENTION: 4, CACHED_ROWS: 3, CACHED_RUNNING: 3}
 # Importing it is what registers the ops.
 OPERATOR_FILES: Final = (cached_attention_op.__name__,)
 
@@ -56,8 +59,10 @@ class LayerState:
     """What one attention keeps: keys [B, heads, C, key_features] and values [B, heads, C, value_features].
 
     kind "causal" keeps every position (window 0), "window" the last `window`; `mask_proof`: how the mask was proved.
-    kind "convolution" and "cumulative sum" keep rows [B, 1, C, key_features] alone (value_features 0), the last
-    `window` of them.  node: the name of the op in the source program.
+    All other kinds keep rows [B, 1, C, key_features] alone (value_features 0), the last `window` of them:
+    "convolution"; "cumulative sum", "cumulative product", "cumulative log-sum-exp", "cumulative maximum" and
+    "cumulative minimum", the value so far; "scan" and "associative scan", one carry.  node: the name of the op in the
+    source program, which may have several states.
     """
 
     node: str
@@ -112,8 +117,8 @@ def derive_step(program: Program, tokens: str | None = None) -> StepProgram | Re
     refusal = encoder if isinstance(encoder, Refusal) else _check_states(found)
     if refusal is not None:
         return refusal
-    holders = _holders(found)
-    states = tuple(_describe(found, holder) for holder in holders)
+    described = {holder: _describe(found, holder) for holder in _holders(found)}
+    states = tuple(state for several in described.values() for state in several)
     graph = fx.Graph()
     shapes = [
         CacheShape(state.window, state.heads, state.key_features, state.value_features, state.dtype)
@@ -121,7 +126,12 @@ def derive_step(program: Program, tokens: str | None = None) -> StepProgram | Re
     ]
     inputs = add_step_inputs(graph, tensor_of(found.tokens), shapes, made_by=NAME, like=found.tokens)
     encoded = add_encoded_inputs(found, inputs, made_by=NAME)
-    results = _StepWriter(found, program.graph_module, inputs, holders, encoded).write()
+    given = iter(inputs.caches)
+    caches = {
+        holder: tuple(cache for _ in several for cache in next(given))
+        for holder, several in described.items()
+    }
+    results = _StepWriter(found, program.graph_module, inputs, caches, encoded).write()
     graph.output_node().args = (tuple(results),)
     erase_dead(graph)
     graph.lint()
@@ -140,8 +150,9 @@ def with_tree(step: StepProgram) -> StepProgram:
     program = step.program.copied()
     ids, _, _, rows, *_ = program.placeholders
     path = add_path_input(program.graph, ids, rows, made_by=NAME)
-    for target, place in PATH_ARGUMENT.items():
-        for reader in program.graph.find_nodes(op="call_function", target=target):
+    for reader in program.graph.nodes:
+        place = CachedScan.PATH if isinstance(reader.target, CachedScan) else PATH_ARGUMENT.get(reader.target)
+        if place is not None:
             reader.update_arg(place, path)
     program.graph.lint()
     program.graph_module.recompile()
@@ -184,13 +195,27 @@ def _widest(found: SequenceAnalysis, pair: Pair) -> fx.Node:
     return max(readers, key=lambda reader: (reader.args[4] == "causal", reader.args[5]))
 
 
-def _describe(found: SequenceAnalysis, holder: Holder) -> LayerState:
+def _describe(found: SequenceAnalysis, holder: Holder) -> tuple[LayerState, ...]:
     if isinstance(holder, fx.Node):
-        state = describe_carried(found, holder)
-        return LayerState(
-            holder.name, state.kind, state.window, 1, state.features, 0, state.dtype, state.reach
+        return tuple(
+            LayerState(holder.name, state.kind, state.window, 1, state.features, 0, state.dtype, state.reach)
+            for state in describe_carried(found, holder)
         )
-    return _describe_pair(_widest(found, holder))
+    widest = _widest(found, holder)
+    state = _describe_pair(widest)
+    return (replace(state, mask_proof=state.mask_proof + _describe_mask(found, widest)),)
+
+
+def _describe_mask(found: SequenceAnalysis, attention: fx.Node) -> str:
+    """How a step has the mask that stays a tensor beside the proved one, if there is one."""
+    mask = attention.args[3]
+    if not isinstance(mask, fx.Node):
+        return ""
+    if attention in found.key_masks:
+        return f"; {mask.name} is decided by the key's position alone: computed for the stored positions"
+    if attention in found.pair_masks:
+        return f"; {mask.name} is decided by two positions alone: computed for new rows and stored positions"
+    return f"; {mask.name} is the same for all positions"
 
 
 def _describe_pair(widest: fx.Node) -> LayerState:
@@ -219,12 +244,12 @@ class _StepWriter:
     """Writes the step graph behind its inputs."""
 
     def __init__(
-        self, found: SequenceAnalysis, source: fx.GraphModule, inputs: StepInputs, holders: list[Holder],
-        encoded: Mapping[fx.Node, fx.Node],
+        self, found: SequenceAnalysis, source: fx.GraphModule, inputs: StepInputs,
+        caches: Mapping[Holder, tuple[fx.Node, ...]], encoded: Mapping[fx.Node, fx.Node],
     ) -> None:  # fmt: skip
         self.found, self.source, self.inputs = found, source, inputs
         self.graph = inputs.ids.graph
-        self.caches: dict[Any, tuple[fx.Node, ...]] = dict(zip(holders, inputs.caches, strict=True))
+        self.caches: dict[Any, tuple[fx.Node, ...]] = dict(caches)
         self.appended: dict[Any, tuple[fx.Node, ...]] = {}
         self.by_key: StepCopier | None = None
         self.pairs: PairWriter | None = None
@@ -235,9 +260,9 @@ class _StepWriter:
             self.rows.stands[attention] = Stand(operands, partial(self._attention, attention))
         cross = CrossWriter(self.rows, inputs, self._by_sequence)
         self.rows.stands.update({node: cross.stand(node) for node in found.crosses})
-        carried = {node: self.caches[node][0] for node in found.carried}
-        writer = CarriedWriter(self.rows, inputs, carried, self.appended)
-        self.rows.stands.update({node: writer.stand(node) for node in found.carried})
+        carried = {node: self.caches[node] for node in found.carried}
+        scope = CarriedScope(self.rows, inputs, carried, self.appended)
+        self.rows.stands.update(stands_of_carried(scope, found))
 
     def write(self) -> list[fx.Node]:
         """The outputs: logits of the chosen rows, then the caches."""
@@ -344,7 +369,8 @@ def _find_cut(found: SequenceAnalysis) -> fx.Node:
     for number, node in enumerate(order[start:], start):
         if not _has_tokens(found, node):
             continue
-        if reach <= number and dim_key(tensor_of(node).shape[found.along[node].axis]) == found.symbol:
+        # What has several results is read through its pieces, so that it cannot be the only way.
+        if is_tensor(node) and reach <= number and shape_of(node)[found.along[node].axis] == found.symbol:
             cut: fx.Node = node
             return cut
         reach = max(reach, last_use[node])
@@ -352,7 +378,7 @@ def _find_cut(found: SequenceAnalysis) -> fx.Node:
 
 
 def _has_tokens(found: SequenceAnalysis, node: fx.Node) -> bool:
-    return node in found.along and found.along[node].tokens and isinstance(node.meta["val"], torch.Tensor)
+    return node in found.along and found.along[node].tokens
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchweld.decoding.cached import CachedModel, NotDecodable
-from torchweld.decoding.capture_causal import capture_causal
+from torchweld.graph.capture_causal import capture_causal
 from torchweld.graph.capture_errors import CaptureError
 from torchweld.graph.compare import compare
 from torchweld.optimizer.commands.decode import explain_decoding

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from rich.console import Console
 
+from torchweld.graph.capture_causal import capture_causal
 from torchweld.graph.program import Program
 from torchweld.graph.rewrite import PassOutcome, Refusal
 from torchweld.graph.sequence import describe_refusal
-from torchweld.optimizer.commands.subject import Subject, Wish, capture_subject
+from torchweld.models.load import load_model
+from torchweld.optimizer.commands.subject import Subject, Wish, check_device
 from torchweld.optimizer.compile import Options
 from torchweld.optimizer.compile_step import compile_step, normalise
+from torchweld.optimizer.ledger import Phase
+from torchweld.optimizer.progress import show_phase
 from torchweld.optimizer.report_decode import DecodeReport, StateRecord
 from torchweld.passes import recognize_attention
 from torchweld.passes.rewrite_kv_cache import derive_step
@@ -31,9 +36,11 @@ def explain_decoding(
     if isinstance(step, Refusal):
         return DecodeReport(title, refusal=first_cause(outcomes, step))
     report = compile_step(step, options or Options()).report
+    # A scan has a state per carry: all of them belong to one layer.
+    numbers = {node: number for number, node in enumerate(dict.fromkeys(state.node for state in step.states))}
     return DecodeReport(
         model=title,
-        layers=tuple(StateRecord.of(number, state) for number, state in enumerate(step.states)),
+        layers=tuple(StateRecord.of(numbers[state.node], state) for state in step.states),
         kernels_per_layer=report.kernels_per_layer,
         launches=len(report.launches),
         fallbacks=report.fallbacks,
@@ -52,9 +59,22 @@ def first_cause(outcomes: Sequence[PassOutcome], refusal: Refusal) -> str:
     return f"an attention is not recognised: {describe_refusal(missed[0])}"
 
 
+def load_decoder(spec: str) -> Subject:
+    """Load MODEL to decode with it: example inputs are as the model came with them, and may be none.
+
+    Raises ModelFileError.
+    """
+    start = time.perf_counter()
+    with show_phase("load", spec):
+        loaded = load_model(spec)
+    check_device(loaded, spec)
+    return Subject(loaded, loaded.example_inputs, [Phase("load", time.perf_counter() - start)])
+
+
 def explain_subject_decoding(subject: Subject, wish: Wish) -> DecodeReport:
-    """The same of what a command loaded, with progress on stderr."""
-    program = capture_subject(subject)
+    """The same of what a command loaded, with progress on stderr. Tokens are made up where it has no example inputs."""
+    with subject.phase("capture"):
+        program = capture_causal(subject.loaded.module, subject.inputs or None)
     with subject.phase("derive and compile a step of"):
         return explain_decoding(program, wish.options(), name=subject.loaded.name)
 

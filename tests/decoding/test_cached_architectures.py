@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tests.zoo import VOCAB, WINDOW, ZOO
 from torchweld.decoding.cached import CachedModel
-from torchweld.decoding.capture_causal import capture_causal
 from torchweld.decoding.generate import generate
+from torchweld.graph.capture_causal import capture_causal
 from torchweld.optimizer.compile import Options
 
 NAMES = tuple(name for name, entry in ZOO.items() if entry.kind == "causal")

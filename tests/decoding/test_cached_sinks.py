@@ -15,8 +15,8 @@ from tests.more_decoders import make_decoder
 from tests.zoo import HIDDEN, INNER, VOCAB, WINDOW
 from torchweld.codegen.ir import part_terms
 from torchweld.decoding.cached import CachedModel
-from torchweld.decoding.capture_causal import capture_causal
 from torchweld.decoding.generate import generate
+from torchweld.graph.capture_causal import capture_causal
 from torchweld.graph.terms import Attend
 from torchweld.optimizer.compile import Options
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tests.decoding.toy_models import Markov, ToyModel
 from tests.tiny_models import VOCABULARY, tiny_model
 from torchweld.decoding.cached import CachedModel, NotDecodable
-from torchweld.decoding.capture_causal import capture_causal
 from torchweld.decoding.hidden_model import HiddenModel
 from torchweld.decoding.show_statistics import read_statistics
 from torchweld.decoding.statistics import Statistics
 from torchweld.decoding.step_model import DecodingError
 from torchweld.graph.capture import capture
+from torchweld.graph.capture_causal import capture_causal
 
 
 @pytest.mark.slow

@@ -164,6 +164,30 @@ def test_check_program_has_a_stage_per_pass_that_changed_something(program: Prog
     assert names[0] == "captured" and names[-1] == "executable" and "fuse_vertical" in names
 
 
+def test_a_kernel_over_the_end_of_a_layer_belongs_to_the_matrices_that_it_reads() -> None:
+    """Norms behind every layer join the projections of the next: layers stay equally large."""
+
+    class Behind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.ModuleDict({"linear": nn.Linear(16, 16), "norm": nn.LayerNorm(16)}) for _ in range(3)
+            )
+            self.head = nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer["norm"](x + layer["linear"](x))  # type: ignore[index]
+            return self.head(x)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    captured = capture(Behind().eval(), (X,), verify=False)
+    compiled = compile_program(captured, options=Options(threads=1), example_inputs=[X])
+    layers = [launch.layer for launch in compiled.report.launches]
+    assert layers[-1] is None and "head" in compiled.report.launches[-1].kernel
+    assert len({layers.count(number) for number in range(3)}) == 1
+
+
 def test_layer_number_is_the_first_number_of_a_dotted_name() -> None:
     graph = torch.fx.Graph()
     names = {

@@ -71,6 +71,23 @@ def test_prefers_work_behind_a_matmul_to_work_in_front_of_one() -> None:
     case.assert_fused_numbers()
 
 
+def test_prefers_the_matmul_to_what_selects_from_the_work_behind_it() -> None:
+    """`rank`: a sum of chosen rows could not be joined with the matmul, which makes all of them (the last layer of a
+    step, whose logits are wanted for some rows). By its gain alone the join with the norm would come first."""
+
+    def last_layer(m: Any, x: Tensor, r: Tensor, rows: Tensor) -> Tensor:
+        h = F.linear(x, m.w) + r
+        return F.linear(F.rms_norm(h.index_select(0, rows), (6,), m.g), m.v)
+
+    case = FusionCase(
+        last_layer, numbers(5, 8), numbers(5, 6, seed=1), torch.tensor([4, 1]),
+        w=numbers(6, 8), g=numbers(6), v=numbers(4, 6, seed=2),
+    )  # fmt: skip
+    case.fuse(fuse_vertical)
+    assert case.ops() == ["linear add", "index_select rms_norm linear"]
+    case.assert_fused_numbers()
+
+
 def test_a_value_with_other_readers_is_still_stored() -> None:
     case = FusionCase(lambda m, x: (h := torch.exp(x), torch.cumsum(torch.neg(h), 0)), numbers(3, 4))
     assert case.fuse(fuse_vertical).applied == 1

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from tests.passes.support import Case, draw
+from torchweld.graph.capture import capture
 from torchweld.graph.rewrite import run_pass
 from torchweld.passes import CANONICALIZE, recognize_attention
+from torchweld.passes.prove_mask import lower_bound
 
 ATTENTION = torch.ops.torchweld.attention.default
 MaskFunction = Callable[[int, int], Tensor]
@@ -359,3 +361,25 @@ def test_the_name_of_a_mask(mask: Callable[..., Any], name: str) -> None:
     case, node = attention_of(mask, **weights)
     assert node.meta["mask_name"] == name
     case.assert_same_numbers(draw(2, 9, 8), exact=False)
+
+
+@pytest.mark.parametrize(
+    ("function", "low"),
+    [
+        (lambda x: torch.ones_like(x).cumsum(-1) - 1, 0.0),
+        (lambda x: (torch.ones_like(x).cumsum(-1) - 1) * torch.arange(x.shape[1]), 0.0),
+        (lambda x: torch.ones_like(x) - 3, -2.0),
+        (lambda x: (torch.ones_like(x) - 3).cumsum(-1), None),
+        (lambda x: torch.ones_like(x) - x, None),
+        (lambda x: x.cumsum(-1), None),
+    ],
+)
+def test_lower_bounds_hold_for_all_sizes(function: Callable[[Tensor], Tensor], low: float | None) -> None:
+    class Bias(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    program = capture(Bias().eval(), (torch.zeros(2, 5, dtype=torch.int64),), verify=False)
+    for pass_ in CANONICALIZE:
+        run_pass(program.graph_module, pass_)
+    assert lower_bound(program.graph_module, program.outputs[0]) == low

@@ -22,26 +22,42 @@ from torchweld.graph.program import Program
 
 DECODER_TOKENS: Final = "decoder_input_ids"
 """How Hugging Face calls the tokens of a decoder that has an encoder."""
+OWN_CACHE: Final = "use_cache"
+"""How it calls the switch of its own cache."""
+
+Example = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...]
 
 
-def capture_causal(
-    model: nn.Module, example: Tensor | Mapping[str, Tensor] | None = None, *, verify: bool = True
-) -> Program:
+def capture_causal(model: nn.Module, example: Example | None = None, *, verify: bool = True) -> Program:
     """The program of `model` over tokens alone, or over the tokens of a decoder and what its encoder reads.
 
-    example: int64 [B, S] ids that it accepts, or its inputs by name, those of a decoder and an encoder of different
-    lengths; made up without it.  verify: as for `capture`.  Raises CaptureError.
+    example: int64 [B, S] ids that it accepts, or its inputs by name or in their order, those of a decoder and an
+    encoder of different lengths; made up without it.  verify: as for `capture`.  Raises CaptureError.
     """
     names = inspect.signature(model.forward).parameters
+    if isinstance(example, tuple):
+        named = _by_name(model, example)
+        if named is None or not {OWN_CACHE, DECODER_TOKENS} & set(names):
+            return capture(model, example, verify=verify)
+        example = named
     if isinstance(example, Mapping) or DECODER_TOKENS in names:
         keywords: dict[str, object] = _encoder_decoder_inputs(model, example)
     elif "input_ids" in names:
         keywords = {"input_ids": _made_up(7) if example is None else example}
     else:
         return capture(model, (_made_up(7) if example is None else example,), verify=verify)
-    if "use_cache" in names:
-        keywords["use_cache"] = False
+    if OWN_CACHE in names:
+        keywords[OWN_CACHE] = False
     return capture(model, (), keywords, verify=verify)
+
+
+def _by_name(model: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Tensor] | None:
+    """Positional inputs by the names that `forward` gives them; None where it does not name them all."""
+    try:
+        given = inspect.signature(model.forward).bind(*example).arguments
+    except TypeError:
+        return None
+    return given if all(isinstance(value, Tensor) for value in given.values()) else None
 
 
 def _encoder_decoder_inputs(
