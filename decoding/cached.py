@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torchweld.codegen.cache import make_key
+from torchweld.codegen.cpp_packed import FEW_ROWS
 from torchweld.decoding.cache import SPARE_ROWS, Cache, CacheError
 from torchweld.decoding.encoder import Encoded, Encoder
 from torchweld.decoding.greedy import DecodingError
@@ -116,6 +117,12 @@ class CachedModel:
             return None
         weights = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in executable.plan.constants.values()]
         return make_key(executable.source, str(executable.threads), *weights)
+
+    @property
+    def exact_rows(self) -> int | None:
+        """See `RowExact`: products in bfloat16 or int8 are other ones beyond 16 rows."""
+        executable = self.compiled().executable
+        return None if executable is None or executable.precision == "f32" else FEW_ROWS
 
     @property
     def length(self) -> int:

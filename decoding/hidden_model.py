@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torchweld.decoding.cached import CachedModel, NotDecodable, normalised
-from torchweld.decoding.step_model import DecodingError, Fingerprinted, LogitsFor, StepModel
+from torchweld.decoding.step_model import DecodingError, Fingerprinted, LogitsFor, RowExact, StepModel
 from torchweld.graph.program import Program
 from torchweld.graph.rewrite import Refusal
 from torchweld.optimizer.compile import Compiled, Options
@@ -62,6 +62,11 @@ class HiddenModel:
     def fingerprint(self) -> str | None:
         """See `Fingerprinted`."""
         return self._step.fingerprint if isinstance(self._step, Fingerprinted) else None
+
+    @property
+    def exact_rows(self) -> int | None:
+        """See `RowExact`."""
+        return self._step.exact_rows if isinstance(self._step, RowExact) else None
 
     def compiled(self, *, is_tree: bool = False) -> Compiled:
         """The compiled step underneath, with its report. DecodingError where nothing compiled it."""

@@ -38,6 +38,7 @@ from torchweld.decoding.step_model import (
     Outcome,
     Proposal,
     Proposer,
+    RowExact,
     StepModel,
 )
 
@@ -160,10 +161,13 @@ class _Loop:
         return proposal, True
 
     def _budget(self) -> Budget:
-        """What may stand behind the pending token: the room in the cache, one token less than are still to be given."""
+        """What may stand behind the pending token: the room in the cache, one token less than are still to be given,
+        and no more rows than leave the bits of plain decoding."""
         limit, request = self.model.max_length, self.request
         depth = len(request.prompt) + request.max_new_tokens - len(self.text) - 1
-        room = MOST_ROWS if limit is None else min(MOST_ROWS, limit - len(self.text))
+        exact = self.model.exact_rows if isinstance(self.model, RowExact) else None
+        room = MOST_ROWS if exact is None else exact - 1
+        room = room if limit is None else min(room, limit - len(self.text))
         return Budget(room, min(depth, room)) if depth > 0 and room > 0 else Budget(0, 0)
 
     def _given_count(self, verdict: Verdict) -> int:

@@ -80,6 +80,15 @@ class Fingerprinted(Protocol):
         """Hexadecimal digest of what decides how long a pass takes; None where it cannot be known."""
 
 
+@runtime_checkable
+class RowExact(Protocol):
+    """A model that says how far its rows do not depend on each other."""
+
+    @property
+    def exact_rows(self) -> int | None:
+        """A pass of at most so many rows gives every row the bits that it has alone; None for any number."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much a proposal may hold: `rows` tokens in all, and no path of candidates longer than `depth`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.tiny_models import VOCABULARY, tiny_inputs, tiny_model
+from torchweld.codegen.cpp_packed import Precision
 from torchweld.decoding.cached import CachedModel, CacheError, NotDecodable
 from torchweld.decoding.generate import generate
 from torchweld.decoding.greedy import DecodingError
@@ -255,6 +257,18 @@ def test_unused_slots_are_not_read(kind: str, folder: Path) -> None:
         }
         tensor[:, :, [slot for slot in range(capacity) if slot not in kept]] = float("nan")
     torch.testing.assert_close(found.cached.step(ids[:, -2:]), found.whole(ids)[:, -1:], **TOLERANCE)
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16", "int8"])
+def test_as_many_rows_as_are_exact_have_the_bits_of_one(precision: Precision, folder: Path) -> None:
+    found = subject("llama", folder)
+    model = CachedModel(found.program, options=replace(ONE_THREAD, precision=precision))
+    assert model.exact_rows == (None if precision == "f32" else 16)
+    ids = draw_ids(1, 9 + 16, 8)
+    model.prefill(ids[:, :9])
+    single = torch.cat([model.step(ids[:, place : place + 1]) for place in range(9, 25)], 1)
+    model.prefill(ids[:, :9])
+    assert torch.equal(model.step(ids[:, 9:], logits_for="all"), single)
 
 
 def test_fork_continues_on_its_own(folder: Path) -> None:

@@ -120,6 +120,16 @@ def test_guesses_beyond_what_remains_are_not_made() -> None:
     assert model.passes == [3]
 
 
+def test_no_pass_has_more_rows_than_leave_the_bits() -> None:
+    class Rounded(ToyModel):
+        exact_rows = 4
+
+    forward = WholeText(7, 3)
+    model = Rounded(forward)
+    list(loop(model, Request((1,), 40), DraftModel(ToyModel(forward), confidence=0.0), 16))
+    assert max(model.passes) == 4
+
+
 def test_an_end_token_inside_a_draft_ends_the_text() -> None:
     forward = WholeText(7, 3)
     whole = [g.token for g in plain(ToyModel(forward), Request((1,), 12))]
