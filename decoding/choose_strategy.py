@@ -35,8 +35,9 @@ from torchweld.models.tokenizer import Tokenizer
 from torchweld.optimizer.compile import Options
 
 STRATEGIES: Final = ("auto", "plain", "draft", "lookup", "lookahead", "medusa")
-GUESSES: Final[Mapping[str, int]] = {"draft": 4}
-"""Guesses at most per pass, where that is not the usual number: a draft pays for every one of them."""
+GUESSES: Final[Mapping[str, int]] = {"draft": 4, "lookup": 7}
+"""Guesses at most per pass, where that is not the usual number: a draft pays for every one of them; lookup always makes
+as many, and 8 rows, whole tiles of the kernels, are cheap even if none stands."""
 SCHEDULES: Final[Mapping[str, Schedule]] = {"lookup": "constant"}
 """How many guesses a pass gets, where that is not decided by what pays: whoever says lookup wants every guess tried."""
 

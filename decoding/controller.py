@@ -58,7 +58,7 @@ class Controller:
         self,
         costs: PassCosts | None = None,
         *,
-        most: int = 8,
+        most: int = 15,
         row_counts: Sequence[int] | None = None,
         guess_seconds: float | None = None,
     ) -> None:
@@ -170,7 +170,7 @@ class Controller:
         self._quiet, self._trial = 0, max(0, self._trial - 1)
 
 
-def break_even(costs: PassCosts, guess_cost: float = 0.0, most: int = 8) -> float | None:
+def break_even(costs: PassCosts, guess_cost: float = 0.0, most: int = 15) -> float | None:
     """The least rate of acceptance at which some number of guesses up to `most` costs no more than plain decoding.
 
     guess_cost: of one guess, in plain passes. None where not even a rate of 1 pays.

@@ -24,7 +24,7 @@ class LookupProposer:
     name = "lookup"
     row_counts: tuple[int, ...] | None = None
 
-    def __init__(self, *, tokens: int = 10, longest: int = 4, abstain: Abstain = LAX) -> None:
+    def __init__(self, *, tokens: int = 15, longest: int = 4, abstain: Abstain = LAX) -> None:
         if tokens < 1:
             raise ValueError(f"a lookup of {tokens} tokens; expected at least 1")
         self.tokens, self.abstain = tokens, abstain
