@@ -214,12 +214,12 @@ def main(
         list[str] | None, typer.Option(help="MODEL=FILE: heads for the strategy medusa.")
     ] = None,
     output: Annotated[str, typer.Option("-o", help="md, csv or json.")] = "md",
-    precision: Annotated[str, typer.Option(help="f32, bf16 or int8.")] = "f32",
+    precision: Annotated[str, typer.Option(help="f32, bf16 or int8 (many rows cost least).")] = "int8",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (all cores).")] = None,
     tokens: Annotated[
         int | None, typer.Option(min=8, help="New tokens per run (128; 48 with --quick).")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds (5; 2 with --quick).")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds (9; 2 with --quick).")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Shorter and less exact.")] = False,
     busy: Annotated[bool, typer.Option("--busy", help="Measure even if others use the machine.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Put the results into benchmarks/results/.")] = False,
@@ -238,7 +238,7 @@ def main(
         raise typer.Exit(BUSY_CODE) from None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    tokens, rounds = tokens or (48 if quick else 128), rounds or (2 if quick else 5)
+    tokens, rounds = tokens or (48 if quick else 128), rounds or (2 if quick else 9)
     rows: list[DecodingRow] = []
     for name in models:
         rows += _model_rows(name, wanted, options, files.get(name), tokens, rounds)
