@@ -147,7 +147,8 @@ class CachedModel:
         self.cache = self._new_cache(len(rows))
         try:
             self.cache.check_room([row.shape[0] for row in rows])
-            logits = torch.cat([self._feed_alone(rows, first, last) for first, last in _runs(rows)])
+            parts = [self._feed_alone(rows, first, last) for first, last in _runs(rows)]
+            logits = parts[0] if len(parts) == 1 else torch.cat(parts)
             self.cache.settle()
             return logits
         except BaseException:

@@ -11,14 +11,17 @@ Speculation Lookahead, Mamou et al. 2024)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchweld.decoding.cache import CacheError
 from torchweld.decoding.chance import Chance
+from torchweld.decoding.logits import as_array, log_probability
 from torchweld.decoding.step_model import Budget, DecodingError, Outcome, Proposal, StepModel
 from torchweld.decoding.warp import Warp
 
@@ -74,7 +77,8 @@ class DraftModel:
 
     def __init__(self, model: StepModel, *, usable: Tensor | None = None, confidence: float = 0.4) -> None:
         self.model, self.confidence = model, confidence
-        self._usable = torch.ones(model.vocab_size, dtype=torch.bool) if usable is None else usable
+        self._size = model.vocab_size if usable is None else usable.shape[0]
+        self._barred = np.zeros(0, dtype=np.intp) if usable is None else np.flatnonzero(~usable.numpy())
         self._cached: list[int] = []
         self._agreed = 0  # tokens at the beginning of `_cached` that are known to be the text's
 
@@ -134,7 +138,7 @@ class DraftModel:
         """A token, the distribution that it was drawn from (None if it was chosen), and how sure the draft is of it."""
         if self.warp.is_greedy:
             token = self.warp.choose(logits, text)
-            sure = float((logits[token] - logits.logsumexp(0)).exp()) if self.confidence > 0.0 else 1.0
+            sure = math.exp(log_probability(logits, token)) if self.confidence > 0.0 else 1.0
             return token, None, sure
         row = self.warp.distribution(logits, text)
         token = self.chance.draw(row)
@@ -171,11 +175,14 @@ class DraftModel:
 
     def _matched(self, logits: Tensor) -> Tensor:
         """The draft's logits in the target's length; -inf where it must not guess."""
-        size = self._usable.shape[0]
-        matched = logits.new_full((size,), -torch.inf)
-        count = min(size, logits.shape[0])
-        matched[:count] = logits[:count]
-        return matched.masked_fill(~self._usable, -torch.inf)
+        given = as_array(logits)
+        if given.shape[0] == self._size and not len(self._barred):
+            return logits
+        matched = np.full(self._size, -np.inf, dtype=given.dtype)
+        count = min(self._size, given.shape[0])
+        matched[:count] = given[:count]
+        matched[self._barred] = -np.inf
+        return torch.from_numpy(matched)
 
     def _too_long(self, text: Sequence[int]) -> bool:
         return self.model.max_length is not None and len(text) > self.model.max_length

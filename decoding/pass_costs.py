@@ -19,8 +19,8 @@ from torchweld.codegen.probe import measured_target
 from torchweld.decoding.step_model import DecodingError, Fingerprinted, StepModel
 
 ROWS: Final = (1, 2, 4, 5, 8, 9, 12, 13, 16, 32)
-"""Rows that are measured; between them the cost is taken as linear. Kernels work on tiles of 4 rows, so that 8 cost what
-5 cost, and 9 a step more."""
+"""Rows that are measured; between them the cost is taken as linear. Kernels work on tiles of 4 rows: 8 cost what 5
+cost, and 9 a step more."""
 PAST: Final = 32
 """Positions behind which they are measured."""
 MOST_SECONDS: Final = 2.0

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from torchweld.decoding.accept import Verdict, check_proposal, judge
 from torchweld.decoding.chance import Chance
-from torchweld.decoding.logits import log_probability
+from torchweld.decoding.logits import as_array, log_probability
 from torchweld.decoding.request import (
     Finish,
     Given,
@@ -225,7 +225,8 @@ def _wanted(proposal: Proposal, logits: Tensor) -> Tensor | None:
     if not proposal.wanted:
         return None
     places = {row: place for place, row in enumerate(_rows_with_logits(proposal))}
-    return logits[[places[guess + 1] for guess in proposal.wanted]]
+    # NumPy copies them: torch's threads would be in the way of the next pass (decoding/logits.py).
+    return torch.from_numpy(as_array(logits)[[places[guess + 1] for guess in proposal.wanted]])
 
 
 def _commit(model: StepModel, past: int, proposal: Proposal, verdict: Verdict) -> None:

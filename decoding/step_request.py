@@ -65,6 +65,8 @@ class StepRequest:
 
     def gather(self, parts: Sequence[Tensor], size: int) -> Tensor:
         """The logits [B, n, V] of `wanted` from those of the `chunks`."""
+        if len(parts) == 1 and parts[0].shape[1] == self.wanted.shape[1] == 1:
+            return parts[0]
         results = []
         for sequence, rows in enumerate(self.wanted.tolist()):
             picked = [
