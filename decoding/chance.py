@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,11 +41,11 @@ class Dice:
 
     def draw(self, weights: Tensor) -> int:
         """See `Chance`; by the inverse of the cumulative sum."""
-        sums = weights.cumsum(0)
-        total = float(sums[-1])
-        number = int(torch.searchsorted(sums, self._uniform() * total, right=True))
-        if number >= weights.shape[0]:  # rounding of u * total up to total
-            number = int(weights.nonzero()[-1])
+        shares = weights.numpy()
+        sums = shares.cumsum()
+        number = int(np.searchsorted(sums, self._uniform() * sums[-1], side="right"))
+        if number >= shares.shape[0]:  # rounding of u * total up to total
+            number = int(np.flatnonzero(shares)[-1])
         return number
 
     def _uniform(self) -> float:

@@ -128,8 +128,8 @@ class DraftModel:
             if len(tokens) == budget.chain or probability < self.confidence or self._too_long(text):
                 break
             logits = self._feed([token])
-        chosen = [row for row in rows if row is not None]
-        return Proposal(tuple(tokens), torch.stack(chosen) if chosen else None)
+        chosen = [row.numpy() for row in rows if row is not None]
+        return Proposal(tuple(tokens), torch.from_numpy(np.stack(chosen)) if chosen else None)
 
     def observe(self, outcome: Outcome) -> None:
         """Nothing: the next context tells what was accepted."""
