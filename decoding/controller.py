@@ -65,6 +65,7 @@ class Controller:
         self.costs, self.most = costs, most
         self.row_counts = None if row_counts is None else tuple(row_counts)
         self.account = STAKE
+        self._ratios: dict[int, float] = {}  # v(M) as far as it was asked for
         self._plain = float("inf")  # seconds of a plain pass
         self._plain_passes = 0
         self._since_plain = 0
@@ -139,7 +140,10 @@ class Controller:
         return self._table(1 + count) * self._stretch + guess * count
 
     def _table(self, rows: int) -> float:
-        return self.costs.ratio(rows) if self.costs is not None else 1.0 + UNKNOWN_ROW * (rows - 1)
+        if rows not in self._ratios:
+            unknown = 1.0 + UNKNOWN_ROW * (rows - 1)
+            self._ratios[rows] = unknown if self.costs is None else self.costs.ratio(rows)
+        return self._ratios[rows]
 
     def _record_plain(self, seconds: float) -> None:
         """A pass of one row: plain, or one for which the proposer had no guess."""
