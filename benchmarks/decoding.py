@@ -15,18 +15,17 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Final, cast
 
 import typer
 
 from benchmarks.decoding_rows import Counts, DecodingRow, measured_row, missing_row, render
-from benchmarks.machine import MachineBusy, Watch, check_idle, describe
+from benchmarks.machine import MachineBusy, Watch, check_idle
 from benchmarks.measure import Outcome, interleave, one_line
 from benchmarks.peers.ours import options_for
-from benchmarks.publish import RESULTS
-from benchmarks.rows import FORMATS, Format, write_text
+from benchmarks.publish import write_dated
+from benchmarks.rows import FORMATS, Format
 from torchweld import Options, load_model
 from torchweld.decoding.chat import Message, render_chat
 from torchweld.decoding.choose_strategy import GUESSES, SCHEDULES, Sources, build_model, build_proposer
@@ -262,14 +261,9 @@ def _model_rows(
 
 
 def _write(rows: Sequence[DecodingRow], precision: str, tokens: int, rounds: int) -> None:
-    machine, day = describe(), date.today().isoformat()
-    text = (
-        f"# decoding\n\nMeasured on {day}: {machine.processor}, {machine.cpus} CPUs, {machine.system}; "
-        f"{precision}, {tokens} tokens, {rounds} rounds.\n\n{render(rows, 'md')}"
+    path = write_dated(
+        "decoding", f"{tokens} tokens, {rounds} rounds", precision, render(rows, "md"), render(rows, "json")
     )
-    path = RESULTS / f"{day}-{machine.slug}-decoding-{precision}.md"
-    write_text(path, text)
-    write_text(path.with_suffix(".json"), render(rows, "json"))
     _say(f"wrote {path}")
 
 

@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Final
 
-from benchmarks.machine import Description, Disturbance
+from benchmarks.machine import Description, Disturbance, describe
 from benchmarks.plot import to_svg
 from benchmarks.rows import Row, to_json, to_markdown, write_text
 from torchweld.graph.target import Target
@@ -27,6 +27,22 @@ PAGE: Final = ROOT / "docs" / "performance.md"
 
 class MarkersMissing(ValueError):
     """A page without exactly one pair of markers: names the page and the markers."""
+
+
+def write_dated(name: str, settings: str, precision: str, table: str, rows: str) -> Path:
+    """Keep a benchmark's table (Markdown) and rows (JSON text) in the results, under day and machine; the table's path.
+
+    settings: with what it was measured, in words behind the precision.
+    """
+    machine, day = describe(), date.today().isoformat()
+    heading = (
+        f"# {name}\n\nMeasured on {day}: {machine.processor}, {machine.cpus} CPUs, {machine.system}; "
+        f"{precision}, {settings}.\n\n"
+    )
+    path = RESULTS / f"{day}-{machine.slug}-{name}-{precision}.md"
+    write_text(path, heading + table)
+    write_text(path.with_suffix(".json"), rows)
+    return path
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import date
 from typing import Annotated, Final
 
 import torch
 import typer
 
-from benchmarks.machine import MachineBusy, Watch, check_idle, describe
+from benchmarks.machine import MachineBusy, Watch, check_idle
 from benchmarks.measure import interleave, one_line, seconds_per_call, summarize
 from benchmarks.peers.inputs import tokens
 from benchmarks.peers.ours import options_for
-from benchmarks.publish import RESULTS
-from benchmarks.rows import FORMATS, Format, write_text
+from benchmarks.publish import write_dated
+from benchmarks.rows import FORMATS, Format
 from torchweld import load_model
 from torchweld.decoding.cached import CachedModel
 from torchweld.models.errors import ModelFileError
@@ -224,14 +223,7 @@ def main(
 
 
 def _write(rows: Sequence[RecomputeRow], precision: str, rounds: int) -> None:
-    machine, day = describe(), date.today().isoformat()
-    text = (
-        f"# recompute\n\nMeasured on {day}: {machine.processor}, {machine.cpus} CPUs, {machine.system}; "
-        f"{precision}, {rounds} rounds.\n\n{render(rows, 'md')}"
-    )
-    path = RESULTS / f"{day}-{machine.slug}-recompute-{precision}.md"
-    write_text(path, text)
-    write_text(path.with_suffix(".json"), render(rows, "json"))
+    path = write_dated("recompute", f"{rounds} rounds", precision, render(rows, "md"), render(rows, "json"))
     _say(f"wrote {path}")
 
 

@@ -7,7 +7,7 @@
 
 Weights that are plain numbers in the model are kept in bfloat16 for the last two. They have no int8 kernel, and where
 the CPU has AMX they meet bfloat16 whatever the number of rows: the tile reads them as they are packed, 16 rows in the
-time of one (1536 x 384: 26 us; in float 122). Up to 16 rows a row has the same bits whatever their number, and so it
+time of one. Up to 16 rows a row has the same bits whatever their number, and so it
 has beyond 16.
 """
 

@@ -37,7 +37,7 @@ from torchweld.optimizer.compile import Options
 STRATEGIES: Final = ("auto", "plain", "draft", "lookup", "lookahead", "medusa")
 GUESSES: Final[Mapping[str, int]] = {"draft": 4, "lookup": 7}
 """Guesses at most per pass, where that is not the usual number: a draft pays for every one of them; lookup always makes
-as many, and 8 rows, whole tiles of the kernels, are cheap even if none stands."""
+as many, and with the pending token they fill whole tiles of the kernels: 9 rows cost a step more than 8."""
 SCHEDULES: Final[Mapping[str, Schedule]] = {"lookup": "constant"}
 """How many guesses a pass gets, where that is not decided by what pays: whoever says lookup wants every guess tried."""
 

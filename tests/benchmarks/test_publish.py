@@ -13,6 +13,7 @@ from benchmarks.publish import (
     replace_between,
     report,
     update_page,
+    write_dated,
     write_results,
 )
 from benchmarks.rows import Row, from_json
@@ -74,3 +75,13 @@ def test_results_are_dated_and_complete(tmp_path: Path) -> None:
     assert from_json(path.with_suffix(".json").read_text("utf-8")) == (ROW,)
     assert "<svg" in path.with_suffix(".svg").read_text("utf-8")
     assert sorted(p.suffix for p in path.parent.iterdir()) == [".json", ".md", ".svg"]
+
+
+def test_a_dated_table_says_how_it_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("benchmarks.publish.RESULTS", tmp_path)
+    path = write_dated("decoding", "8 tokens, 2 rounds", "int8", "| a |\n", '[{"a": 1}]\n')
+    assert path.name.endswith("-decoding-int8.md") and path.parent == tmp_path
+    heading, table = path.read_text(encoding="utf-8").split("\n\n", 1)
+    assert heading == "# decoding" and table.startswith("Measured on ")
+    assert table.endswith("; int8, 8 tokens, 2 rounds.\n\n| a |\n")
+    assert path.with_suffix(".json").read_text(encoding="utf-8") == '[{"a": 1}]\n'
