@@ -1,10 +1,11 @@
-"""`python -m benchmarks.peers`: ours and the peers on the same weights, in one interleaved run.
+"""`python -m benchmarks.peers`: ours and the peers on the same weights, in one interleaved run per model.
 
     python -m benchmarks.peers                          # everything; an hour, most of it torch.compile
     python -m benchmarks.peers --quick                  # short runs, no torch.compile; under three minutes
     python -m benchmarks.peers --models smollm2 --systems torchweld,llama.cpp -o json
     python -m benchmarks.peers --write                  # also benchmarks/results/ and docs/performance.md
 
+A model is kept by --write as soon as it is measured, so an hour that is broken off has lost the last one only.
 Tables go to standard output, progress to standard error. Exit code 3: the machine is busy.
 """
 
@@ -18,12 +19,12 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.machine import MachineBusy, Watch, ceilings, check_idle, describe
+from benchmarks.machine import Disturbance, MachineBusy, Watch, ceilings, check_idle, describe
 from benchmarks.peers.session import Plan, measure_models, with_ceiling
-from benchmarks.peers.systems import MODELS, chosen_systems
+from benchmarks.peers.systems import MODELS, SystemSpec, chosen_systems
 from benchmarks.plot import to_svg
 from benchmarks.publish import Circumstances, report, update_page, write_results
-from benchmarks.rows import FORMATS, Format, render, write_text
+from benchmarks.rows import FORMATS, Format, Row, render, write_text
 from benchmarks.verdicts import to_markdown, verdicts
 from torchweld.codegen.probe import better_ceilings
 
@@ -56,22 +57,43 @@ def main(
     # so that being ended also ends the systems and what they started
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     plan = Plan(threads, rounds or (3 if quick else 7), quick)
-    _say("measuring the ceilings of this machine")
-    first, watch = ceilings(threads), Watch()
-    rows, descriptions = measure_models(chosen, taking_part, plan, first, _say)
-    during = watch.stop()
-    ceiling = better_ceilings(first, ceilings(threads))
-    rows = with_ceiling(rows, taking_part, first, ceiling)
-    circumstances = Circumstances(
-        date.today(), describe(), ceiling, before, during, threads, plan.rounds, tuple(descriptions.items())
-    )
-    text = report(rows, circumstances, to_markdown(verdicts(rows)))
-    print(text if format == "md" else render(rows, format), end="")
+    rows: list[Row] = []
+    for model in chosen:
+        mine, text = _measure_model(model, taking_part, plan, before, write)
+        rows += mine
+        if format == "md":
+            print(text, flush=True)
+    if format != "md":
+        print(render(rows, format), end="")
     if plot is not None:
         write_text(plot, to_svg(rows))
+
+
+def _measure_model(
+    model: str, systems: tuple[SystemSpec, ...], plan: Plan, before: Disturbance, write: bool
+) -> tuple[list[Row], str]:
+    """The rows of one model and their report; with `write` also in the results and on the page."""
+    _say(f"{model}: measuring the ceilings of this machine")
+    first, watch = ceilings(plan.threads), Watch()
+    rows, descriptions = measure_models([model], systems, plan, first, _say)
+    during = watch.stop()
+    ceiling = better_ceilings(first, ceilings(plan.threads))
+    rows = with_ceiling(rows, systems, first, ceiling)
+    circumstances = Circumstances(
+        date.today(),
+        describe(),
+        ceiling,
+        before,
+        during,
+        plan.threads,
+        plan.rounds,
+        tuple(descriptions.items()),
+    )
+    text = report(rows, circumstances, to_markdown(verdicts(rows)))
     if write:
-        _say(f"wrote {write_results('peers', rows, text, circumstances)}")
-        update_page("peers", text)
+        _say(f"wrote {write_results(f'peers-{model}', rows, text, circumstances)}")
+        update_page(f"peers-{model}", text)
+    return rows, text
 
 
 def _models(names: str) -> tuple[str, ...]:

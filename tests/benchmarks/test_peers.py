@@ -8,16 +8,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from benchmarks.peers import __main__ as command
 from benchmarks.peers import session
 from benchmarks.peers.inputs import agreement, sentences, tokens
 from benchmarks.peers.process import ROOT, SystemFailed, SystemProcess
 from benchmarks.peers.session import Plan, absent_reason, measure_models, with_ceiling, workloads_of
 from benchmarks.peers.systems import MODELS, SYSTEMS, SystemSpec, chosen_systems
 from benchmarks.peers.worker import serve
+from benchmarks.publish import update_page, write_results
 from benchmarks.roofline import ModelFacts
 from benchmarks.workloads import Workload
 from torchweld.graph.target import SM_80
@@ -131,6 +134,29 @@ def test_shares_follow_the_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
         assert scaled.share_of_read == pytest.approx((row.share_of_read or 0) / 2)
         assert scaled.share_of_flops == pytest.approx((row.share_of_flops or 0) / 4)
         assert (scaled.median, scaled.gb_s) == (row.median, row.gb_s)
+
+
+def test_a_model_is_written_as_soon_as_it_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def load(model: str) -> ModelFacts:
+        if model == "gemma3":
+            raise KeyboardInterrupt  # the run is broken off at the second model
+        return FACTS
+
+    page = tmp_path / "performance.md"
+    page.write_text("<!-- peers-smollm2:begin -->\n<!-- peers-smollm2:end -->\n", "utf-8")
+    monkeypatch.setattr(session, "load_facts", load)
+    monkeypatch.setattr(command, "ceilings", lambda threads: CEILING)
+    monkeypatch.setattr(command, "chosen_systems", lambda names, models: (toy("toy"),))
+    monkeypatch.setattr(command, "write_results", partial(write_results, folder=tmp_path / "results"))
+    monkeypatch.setattr(command, "update_page", partial(update_page, page=page))
+    with pytest.raises(KeyboardInterrupt):
+        command.main(quick=True, models="smollm2,gemma3", rounds=1, busy=True, write=True)
+    assert "| pp512 | toy |" in page.read_text("utf-8")
+    assert [p.name.rpartition("-")[2] for p in sorted((tmp_path / "results").iterdir())] == [
+        "smollm2.json", "smollm2.md", "smollm2.svg",
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's death signal is Linux's")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.machine import Description, Disturbance
+from benchmarks.peers.systems import MODELS
 from benchmarks.publish import (
     PAGE,
     Circumstances,
@@ -54,7 +55,7 @@ def test_a_page_without_its_markers_is_left_alone(tmp_path: Path, page: str) -> 
 
 def test_the_page_of_the_repository_has_every_pair_of_markers() -> None:
     page = PAGE.read_text("utf-8")
-    for name in ("peers", "scaling", "coldstart"):
+    for name in (*(f"peers-{model}" for model in MODELS), "scaling", "coldstart"):
         assert "a table" in replace_between(page, name, "a table")
 
 
