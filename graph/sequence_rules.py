@@ -17,7 +17,6 @@ import torch
 from torch import fx
 
 from torchweld.graph.match import argument, aten, rank_of, shape_of
-from torchweld.graph.ops import attention as attention_op
 from torchweld.graph.ops import dequantize as dequantize_op
 from torchweld.graph.ops import rope as rope_op
 from torchweld.graph.program import Program
@@ -32,15 +31,14 @@ from torchweld.graph.sequence import (
     op_name,
     walk_sequence,
 )
-from torchweld.graph.sequence_encoder import choose_tokens, cross_attention, is_cross, note_encoder
+from torchweld.graph.sequence_attention import ATTENTION, attention_rule
+from torchweld.graph.sequence_encoder import choose_tokens, note_encoder
 from torchweld.graph.sequence_inputs import find_tokens
-from torchweld.graph.sequence_pairs import place_pairs
 from torchweld.graph.sequence_scans import SCAN_RULES, scan_rule
 from torchweld.graph.sequence_states import STATE_RULES
 
-ATTENTION: Final = torch.ops.torchweld.attention.default
 # Importing these is what registers the ops.
-OPERATOR_FILES: Final = (attention_op.__name__, dequantize_op.__name__, rope_op.__name__)
+OPERATOR_FILES: Final = (dequantize_op.__name__, rope_op.__name__)
 
 
 def analyse_sequence(program: Program, tokens: str | None = None) -> SequenceAnalysis | Refusal:
@@ -321,55 +319,6 @@ def _repeat(scope: Scope, node: fx.Node) -> Along | None:
     return found
 
 
-def _attention(scope: Scope, node: fx.Node) -> Along:
-    """It may look back: its keys and values become a state, unless they are an encoder's."""
-    if is_cross(scope, node):
-        return cross_attention(scope, node)
-    query, key, value, mask, kind = node.args[:5]
-    for name, operand in (("query", query), ("key", key), ("value", value)):
-        along = scope.of(operand)
-        whole = along is not None and along.axis == 2 and scope.is_whole(operand, 2)  # type: ignore[arg-type]
-        if not whole:
-            raise Mixes(f"the {name} of this attention is not one row per token (cross attention?)")
-    if kind == "none" and mask in scope.set_aside:
-        raise scope.set_aside[mask]  # type: ignore[index]
-    if kind == "none":
-        raise Mixes("attention without a causal mask: every token sees later tokens")
-    if isinstance(mask, fx.Node):
-        _check_mask(scope, node, mask)
-    for sinks in node.args[8:]:
-        if sinks in scope.set_aside:
-            raise scope.set_aside[sinks]  # type: ignore[index]
-        if sinks in scope.encoder:
-            raise Mixes(f"the sinks {sinks} of this attention depend on other inputs than the tokens")
-    scope.attentions.append(node)
-    return Along(2, tokens=True)
-
-
-def _check_mask(scope: Scope, node: fx.Node, mask: fx.Node) -> None:
-    """On top of the positions a mask may depend on heads, and on the positions of the query and the key alone."""
-    if mask in scope.set_aside:
-        try:
-            scope.pair_masks[node] = place_pairs(scope, mask)
-        except Mixes:
-            raise scope.set_aside[mask] from None
-        return
-    if mask in scope.encoder:
-        raise Mixes(f"the mask {mask.name} of this attention depends on other inputs than the tokens")
-    along = scope.of(mask)
-    if along is None:
-        return
-    if along.tokens:
-        raise Mixes(
-            f"the mask {mask.name} of this attention depends on the tokens; only masks by position have a rule"
-        )
-    if along.axis != rank_of(mask) - 1 or not scope.is_whole(mask, along.axis):
-        raise Mixes(
-            f"the mask {mask.name} of this attention is a tensor that no proof reduces to causal or window"
-        )
-    scope.key_masks[node] = mask
-
-
 SHAPE_ONLY: Final = frozenset({
     aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.new_ones.default,
     aten.new_zeros.default, aten.new_full.default,
@@ -421,7 +370,7 @@ RULES: Final[dict[Any, Rule]] = {
     aten.var.correction: Rule(_reduction(keep=3)),
     aten.std.correction: Rule(_reduction(keep=3)),
     torch.ops.torchweld.dequantize.default: Rule(_dequantize),
-    ATTENTION: Rule(_attention),
+    ATTENTION: Rule(attention_rule),
     **STATE_RULES,
     **SCAN_RULES,
 }
