@@ -21,6 +21,7 @@ from torchweld.codegen.cpp_matmul import print_matmul_part
 from torchweld.codegen.cpp_names import PrintError
 from torchweld.codegen.cpp_packed import Precision
 from torchweld.codegen.cpp_row import print_row_part
+from torchweld.codegen.cpp_split import split_functions
 from torchweld.codegen.cpp_text import KernelNames, buffer_lines, indented
 from torchweld.codegen.ir import AttentionPart, Kernel, MatmulPart, Part
 from torchweld.graph.terms import Expr
@@ -67,6 +68,11 @@ class PrintedUnit:
     def symbols(self) -> tuple[str, ...]:
         """The names of the different functions, in the order of the text."""
         return tuple(dict.fromkeys(function.name for function in self.functions))
+
+    def parts(self, most: int) -> tuple[str, ...]:
+        """The same functions as at most `most` units for compilers side by side; one where more gain nothing."""
+        groups = split_functions(list(dict.fromkeys(function.text for function in self.functions)), most)
+        return tuple("\n".join([prelude(), *texts]) for texts in groups)
 
 
 def print_kernel(kernel: Kernel, taken: Collection[str] = (), precision: Precision = "f32") -> PrintedKernel:

@@ -1,4 +1,4 @@
-"""The CPU executable: one compiled translation unit, one memory plan per set of sizes, one call per run of launches.
+"""The CPU executable: one shared object, one memory plan per set of sizes, one call per run of launches.
 
 A call checks its inputs, binds the sizes, places intermediate values in an arena and runs the steps. Everything that
 depends on the shapes only is kept for the last few sets of shapes. What the caller gets is never in the arena; nor is
@@ -147,7 +147,8 @@ class Executable:
                 raise BuildError(f"kernel {launch.kernel.name}: {count} buffers; at most {MOST_ARGUMENTS}")
         try:
             unit = print_unit(self._packed.kernels(self._launches), self.precision)
-            path = compile_shared(unit.source, cache=self._cache, flags=FLAGS, name="unit")
+            parts = unit.parts(len(os.sched_getaffinity(0)))
+            path = compile_shared(unit.source, cache=self._cache, flags=FLAGS, name="unit", parts=parts)
             library = load(path, unit.symbols)
             team = shared_team(self._threads, self._cache)
         except (PrintError, ToolchainError) as error:

@@ -33,12 +33,12 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from torchweld.codegen.cache import Cache, JsonValue, make_key
+from torchweld.codegen.instructions import ISA_VARIABLE, cpu_features
 from torchweld.codegen.probe_source import PROBE_SOURCE
 from torchweld.codegen.toolchain import (
     Compiler,
     ToolchainError,
     compile_shared,
-    cpu_features,
     load,
 )
 from torchweld.graph.target import Target
@@ -77,7 +77,9 @@ def measured_target(cache: Cache) -> Target:
     better of the two counts.
     """
     machine = describe_machine()
-    key = make_key("target", PROBE_SOURCE, machine.name, *map(str, machine.cpus), *sorted(cpu_features()))
+    path = os.environ.get(ISA_VARIABLE) or "native"
+    facts = (path, machine.name, *map(str, machine.cpus), *sorted(cpu_features()))
+    key = make_key("target", PROBE_SOURCE, *facts)
     known = _read_target(cache.get_json(key))
     if known is not None and (not known.busy or _others_running()):
         return known.target

@@ -18,8 +18,9 @@ from typing import Final
 from rich.console import Console
 
 from torchweld.codegen.cache import Cache
+from torchweld.codegen.instructions import chosen_path, cpu_features
 from torchweld.codegen.probe import describe_machine, measured_target
-from torchweld.codegen.toolchain import cpu_features, find_compiler
+from torchweld.codegen.toolchain import Compiler, ToolchainError, find_compiler
 from torchweld.graph.target import Target
 from torchweld.optimizer.environment import VARIABLES, read_environment
 from torchweld.optimizer.report_tables import Column, Table
@@ -64,6 +65,7 @@ class Diagnosis:
     versions: tuple[tuple[str, str | None], ...]
     compiler: tuple[str, str] | None
     features: tuple[str, ...]
+    instructions: str
     target: Target
     cache: CacheState
     variables: tuple[tuple[str, str | None, str, str], ...]
@@ -92,6 +94,7 @@ class Diagnosis:
             ("system", self.system),
             ("cpu", self.cpu),
             ("features", " ".join(self.features) or "none known"),
+            ("instructions", self.instructions),
             ("compiler", compiler),
             ("cache", f"{self.cache.folder} ({cache})"),
         )
@@ -120,13 +123,13 @@ def examine(passes: Collection[str], variables: Mapping[str, str] | None = None)
     given = os.environ if variables is None else variables
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        compiler = find_compiler()
+        compiler, missing = _find_compiler()
         cache = Cache()
         target = measured_target(cache)
         stats = cache.stats()
     problems = [str(warning.message) for warning in caught]
-    if compiler is None:
-        problems.append("no C++ compiler: install g++ or clang++, set CXX, or `pip install torchweld[zig]`")
+    if missing is not None:
+        problems.append(missing)
     try:
         read_environment(passes, given)
     except ValueError as error:
@@ -139,11 +142,30 @@ def examine(passes: Collection[str], variables: Mapping[str, str] | None = None)
         versions=tuple((package, _version(package)) for package in _PACKAGES),
         compiler=(" ".join(compiler.command), compiler.version) if compiler else None,
         features=tuple(feature for feature in _FEATURES if feature in known),
+        instructions=_instructions(compiler),
         target=target,
         cache=CacheState(str(stats.folder), stats.entries, stats.bytes, stats.refused),
         variables=tuple((v.name, given.get(v.name), v.values, v.effect) for v in VARIABLES),
         problems=tuple(problems),
     )
+
+
+def _instructions(compiler: Compiler | None) -> str:
+    """The path in use, and the flags that ask for it."""
+    if compiler is None:
+        return "none: there is no compiler"
+    return f"{chosen_path()} ({' '.join(compiler.target_flags)})"
+
+
+def _find_compiler() -> tuple[Compiler | None, str | None]:
+    """The compiler, or why there is none."""
+    try:
+        compiler = find_compiler()
+    except ToolchainError as error:
+        return None, str(error)
+    if compiler is None:
+        return None, "no C++ compiler: install g++ or clang++, set CXX, or `pip install torchweld[zig]`"
+    return compiler, None
 
 
 def _ceilings(target: Target) -> Table:

@@ -1,7 +1,8 @@
-"""The six environment variables: one table, one reader, one error for a bad value.
+"""The seven environment variables: one table, one reader, one error for a bad value.
 
 Read once per `optimize`; nothing else in the project looks at them, but for `TORCHWELD_CACHE_DIR`, which the
-kernel cache reads itself (codegen/cache.py). Needs no torch.
+kernel cache reads itself (codegen/cache.py), and `TORCHWELD_ISA`, which the search for a compiler does
+(codegen/instructions.py). Needs no torch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from torchweld.codegen.instructions import ISA_VARIABLE, PATHS, InstructionsError, check_path
 from torchweld.optimizer.suggest import UnknownNameError, nearest
 
 ROOMS: Final = ("graph", "passes", "codegen", "optimizer", "models", "decoding")
@@ -38,7 +40,10 @@ VERIFY: Final = Variable(
 FUEL: Final = Variable("TORCHWELD_FUEL", "n", "stop after n rewrites, to find a guilty one by bisection")
 SKIP: Final = Variable("TORCHWELD_SKIP", "pass,pass", "leave out passes, by exact name")
 CACHE_DIR: Final = Variable("TORCHWELD_CACHE_DIR", "folder", "where kernels and measurements are kept")
-VARIABLES: Final = (LOGS, DUMP, VERIFY, FUEL, SKIP, CACHE_DIR)
+ISA: Final = Variable(
+    ISA_VARIABLE, ", ".join(PATHS), "instructions of the kernels; default native: all of this CPU"
+)
+VARIABLES: Final = (LOGS, DUMP, VERIFY, FUEL, SKIP, CACHE_DIR, ISA)
 
 
 class SettingError(ValueError):
@@ -60,7 +65,7 @@ class LogChoice:
 
 @dataclass(frozen=True)
 class Environment:
-    """What the six variables say. `fuel` counts rewrites over all passes; None: no limit."""
+    """What the seven variables say. `fuel` counts rewrites over all passes; None: no limit."""
 
     logs: tuple[LogChoice, ...] = ()
     dump: Path | None = None
@@ -68,13 +73,14 @@ class Environment:
     fuel: int | None = None
     skip: frozenset[str] = frozenset()
     cache_dir: Path | None = None
+    isa: str = "native"
 
 
 def read_environment(passes: Collection[str], variables: Mapping[str, str] | None = None) -> Environment:
-    """Parse the six variables (of `os.environ` unless given); an empty value counts as not set.
+    """Parse the seven variables (of `os.environ` unless given); an empty value counts as not set.
 
     passes: the exact pass names that TORCHWELD_SKIP and TORCHWELD_LOGS may use. Raises SettingError and
-    UnknownNameError; also for a variable that begins with TORCHWELD_ and is none of the six, because nobody
+    UnknownNameError; also for a variable that begins with TORCHWELD_ and is none of the seven, because nobody
     would ever see that typing error.
     """
     given = os.environ if variables is None else variables
@@ -87,6 +93,7 @@ def read_environment(passes: Collection[str], variables: Mapping[str, str] | Non
         fuel=_count(FUEL, values[FUEL.name]),
         skip=_skip(values[SKIP.name], passes),
         cache_dir=_folder(CACHE_DIR, values[CACHE_DIR.name]),
+        isa=_isa(values[ISA.name]),
     )
 
 
@@ -148,6 +155,13 @@ def _count(variable: Variable, text: str) -> int | None:
     if not (text.isascii() and text.isdigit()):
         raise SettingError(f"{variable.name}={text}: expected a whole number from 0 up ({variable.effect})")
     return int(text)
+
+
+def _isa(text: str) -> str:
+    try:
+        return check_path(text or "native")
+    except InstructionsError as error:
+        raise SettingError(str(error)) from error
 
 
 def _verify(text: str) -> int:

@@ -205,8 +205,8 @@ def find_warm_start(
     cache = options.cache or Cache()
     fuel = options.fuel if options.fuel is not None else environment.fuel
     target = options.target or measured_target(cache)
-    # Threads and precision decide measured choices, and whether the compiled program was faster than torch.
-    speed = (options.threads, torch.get_num_threads(), options.precision)
+    # These decide measured choices, and whether the compiled program was faster than torch.
+    speed = (options.threads, torch.get_num_threads(), options.precision, environment.isa)
     facts = (options.guide, speed, options.skip | environment.skip, fuel, target, dynamic, more)
     digest = fingerprint(model, args, kwargs, facts)
     if digest is None:

@@ -15,9 +15,10 @@ import pytest
 
 from torchweld.codegen import probe
 from torchweld.codegen.cache import Cache, JsonValue
+from torchweld.codegen.instructions import cpu_features
 from torchweld.codegen.probe import Machine, better_ceilings, describe_machine, measure, measured_target
 from torchweld.codegen.probe_source import PROBE_SOURCE
-from torchweld.codegen.toolchain import compile_shared, cpu_features, find_compiler, load
+from torchweld.codegen.toolchain import compile_shared, find_compiler, load
 from torchweld.graph.target import SM_80, Target
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")

@@ -14,18 +14,16 @@ from pathlib import Path
 import pytest
 
 from torchweld.codegen.cache import Cache
+from torchweld.codegen.compiler_process import function_at_fault, why_no_library
+from torchweld.codegen.instructions import cpu_features
 from torchweld.codegen.toolchain import (
     Compiler,
     ToolchainError,
     ToolchainWarning,
-    Unit,
     _machine_identity,
-    compile_many,
     compile_shared,
-    cpu_features,
     find_compiler,
     load,
-    why_no_library,
 )
 
 ADD_ONE = 'extern "C" int add_one(int x) { return x + 1; }\n'
@@ -136,19 +134,51 @@ def test_entry_records_how_it_was_made(cache: Cache) -> None:
     assert "-DX" in entry.meta["command"]
 
 
-@needs_compiler
-def test_compile_many_keeps_the_order(cache: Cache) -> None:
-    units = [Unit(f"u{n}", f'extern "C" int value() {{ return N + {n}; }}', ("-DN=10",)) for n in range(4)]
-    paths = compile_many(units, cache=cache, jobs=2)
-    assert [load(path).value() for path in paths] == [10, 11, 12, 13]
+PARTS = (ADD_ONE, 'extern "C" int add_one(int);\nextern "C" int add_two(int x) { return add_one(x) + 1; }\n')
 
 
 @needs_compiler
-def test_compile_many_raises_the_first_error_and_keeps_the_rest(cache: Cache) -> None:
-    units = [Unit("good", ADD_ONE), Unit("bad", "int f("), Unit("worse", "int g(")]
-    with pytest.raises(ToolchainError, match="'bad'"):
-        compile_many(units, cache=cache, jobs=2)
+def test_parts_become_one_library_under_the_key_of_the_whole(cache: Cache) -> None:
+    path = compile_shared("".join(PARTS), cache=cache, parts=PARTS)
+    assert load(path, ["add_one", "add_two"]).add_two(40) == 42
+    assert compile_shared("".join(PARTS), cache=cache) == path
     assert len(cache.entries()) == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_an_error_in_a_part_names_the_function_and_stores_nothing(cache: Cache, bad: int) -> None:
+    parts = [f'extern "C" void f{n}() {{\nreturn;\n}}\nextern "C" void g{n}() {{\n}}\n' for n in range(3)]
+    parts[bad] = parts[bad].replace("return", "missing()")
+    with pytest.raises(ToolchainError, match=f"'f{bad}' of 'unit'.*missing") as caught:
+        compile_shared("".join(parts), cache=cache, parts=parts)
+    assert cache.entries() == ()
+    assert caught.value.kept is not None
+    assert f"g{bad}" in (caught.value.kept / "unit.cpp").read_text()
+    assert "missing" in (caught.value.kept / "compiler.log").read_text()
+
+
+@needs_compiler
+def test_an_error_in_a_template_names_the_function_that_asked_for_it() -> None:
+    source = 'template <class T> int f() { return T::no; }\nextern "C" void a() {}\nextern "C" void b() { f<int>(); }\n'
+    log = "unit.cpp: In instantiation of x:\nunit.cpp:3:28:   required from here\nunit.cpp:1:43: error: none"
+    assert function_at_fault(source, log) == "b"
+    assert function_at_fault(source, "cc1plus: killed") is None
+
+
+def test_parts_that_cannot_be_linked(cache: Cache) -> None:
+    parts = (ADD_ONE, ADD_ONE)
+    with pytest.raises(ToolchainError, match=r"compiling 'unit'.*ld returned 1"):
+        compile_shared("".join(parts), cache=cache, parts=parts)
+    assert cache.entries() == ()
+
+
+def test_one_part_that_hangs_stops_all(cache: Cache, tmp_path: Path) -> None:
+    compiler = fake(tmp_path, 'case "$out" in unit1.o) sleep 100;; *) : > "$out";; esac')
+    start = time.monotonic()
+    with pytest.raises(ToolchainError, match=r"was stopped after 0\.5 s"):
+        compile_shared("x", cache=cache, compiler=compiler, time_limit=0.5, parts=("a", "b", "c"))
+    assert time.monotonic() - start < 20 and cache.entries() == ()
 
 
 @needs_compiler
@@ -186,8 +216,6 @@ def test_no_compiler(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert find_compiler() is None
     with pytest.raises(ToolchainError, match=r"no C\+\+ compiler: install"):
         compile_shared(ADD_ONE, cache=cache)
-    with pytest.raises(ToolchainError, match=r"no C\+\+ compiler: install"):
-        compile_many([Unit("a", ADD_ONE)], cache=cache)
 
 
 def test_order_of_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

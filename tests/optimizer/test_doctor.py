@@ -2,6 +2,7 @@
 
 import io
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,17 @@ def test_no_compiler_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert "none: graphs run eagerly" in render(found)
     else:
         assert "ziglang" in found.compiler[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [("portable", "portable (-march="), ("sse9", "none: there is no compiler")]
+)
+def test_instructions_are_shown_and_judged(value: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("names flags of x86 compilers")
+    monkeypatch.setenv("TORCHWELD_ISA", value)
+    found = examine(PASSES)
+    assert shown in found.instructions and found.instructions in render(found)
+    assert any("TORCHWELD_ISA=sse9: expected one of" in problem for problem in found.problems) == (
+        value == "sse9"
+    )

@@ -34,6 +34,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
             "TORCHWELD_FUEL": "17",
             "TORCHWELD_SKIP": "fuse_vertical, recognize_rope",
             "TORCHWELD_CACHE_DIR": str(tmp_path / "cache"),
+            "TORCHWELD_ISA": "portable",
             "PATH": "not ours",
         },
     )
@@ -44,6 +45,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         fuel=17,
         skip=frozenset({"fuse_vertical", "recognize_rope"}),
         cache_dir=tmp_path / "cache",
+        isa="portable",
     )
 
 
@@ -59,6 +61,7 @@ def test_no_fuel_and_zero_fuel_differ() -> None:
         ("TORCHWELD_FUEL", "-1", "TORCHWELD_FUEL=-1: expected a whole number"),
         ("TORCHWELD_FUEL", "1.5", "expected a whole number"),
         ("TORCHWELD_DUMP", __file__, "is a file; expected a folder"),
+        ("TORCHWELD_ISA", "sse9", "TORCHWELD_ISA=sse9: expected one of native, avx512, avx2, portable"),
         ("TORCHWELD_FEUL", "1", "TORCHWELD_FEUL is no variable of torchweld; the nearest is TORCHWELD_FUEL"),
     ],
 )

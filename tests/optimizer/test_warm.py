@@ -202,9 +202,14 @@ def test_other_options_are_a_miss(changes: dict[str, Any], llama: Stored) -> Non
     assert start(llama.model, tiny_inputs("llama"), replace(llama.options, **changes)).restore() is None
 
 
-@pytest.mark.parametrize("variable", ["TORCHWELD_FUEL", "TORCHWELD_SKIP"])
-def test_another_environment_is_a_miss(variable: str, llama: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(variable, "2" if variable == "TORCHWELD_FUEL" else "fuse_input")
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("TORCHWELD_FUEL", "2"), ("TORCHWELD_SKIP", "fuse_input"), ("TORCHWELD_ISA", "portable")],
+)
+def test_another_environment_is_a_miss(
+    variable: str, value: str, llama: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
     assert start(llama.model, tiny_inputs("llama"), llama.options).restore() is None
 
 
