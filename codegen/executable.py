@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Final
@@ -27,7 +27,7 @@ from torchweld.codegen.cpp_packed import Precision
 from torchweld.codegen.ir import Kernel
 from torchweld.codegen.packed_plan import PackedConstants
 from torchweld.codegen.plan import EagerStep, Launch, Plan, PlanError, SizeTable, ValueSpec, Work, work
-from torchweld.codegen.plan_inputs import InputChecks, bind_sizes
+from torchweld.codegen.plan_inputs import InputChecks, bind_sizes, shape_of
 from torchweld.codegen.plan_memory import ALIGNMENT, Lifetime, MemoryPlan, plan_memory
 from torchweld.codegen.runtime.team import MOST_ARGUMENTS, LaunchRecord, Team, shared_team
 from torchweld.codegen.toolchain import ToolchainError, compile_shared, load
@@ -66,6 +66,7 @@ class _Binding:
     launches: tuple[tuple[Launch, ...], ...]
     scratch_stride: int
     shared_bytes: tuple[int, ...]
+    fresh_shapes: tuple[tuple[int, ...], ...]
     kept: tuple[object, ...]
 
 
@@ -115,6 +116,8 @@ class Executable:
         self._slots = _number_slots(plan)
         self._input_names = [spec.name for spec in plan.inputs]
         self._checks = InputChecks(plan)
+        self._input_slots = _input_slots(plan, self._slots)
+        self._has_eager_steps = any(isinstance(step, EagerStep) for step in plan.steps)
         places = {name: number for number, name in enumerate(self._input_names)}
         sources = [plan.in_place.get(name, name) for name in plan.outputs]
         self._outputs = [
@@ -201,13 +204,10 @@ class Executable:
         with self._lock:
             self._calls += 1
             tensors, moved = self._checks(inputs)
-            values = dict(zip(self._input_names, tensors, strict=True))
             for number in (*self._checks.read_only, *(self._checks.updated if moved else ())):
-                self._pointers[self._slots[self._input_names[number]]] = tensors[number].data_ptr()
-            for name, source in self.plan.in_place.items():
-                values[name] = values[source]
-                if moved:
-                    self._pointers[self._slots[name]] = values[source].data_ptr()
+                for slot in self._input_slots[number]:
+                    self._pointers[slot] = tensors[number].data_ptr()
+            values = self._seen_by_eager_steps(tensors)
             self._renew_packed()
             binding = self._binding(inputs)
             self._place(binding)
@@ -216,6 +216,13 @@ class Executable:
             return tuple(
                 [inputs[at] if at is not None else self._output(name, values) for name, at in self._outputs]
             )
+
+    def _seen_by_eager_steps(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The inputs by name, where a step runs eagerly: launches find them by their places."""
+        if not self._has_eager_steps:
+            return {}
+        values = dict(zip(self._input_names, tensors, strict=True))
+        return values | {name: values[source] for name, source in self.plan.in_place.items()}
 
     def release_stored(self) -> int:
         """Drop what is in memory of the model's file and is read no longer, its weights being packed; bytes."""
@@ -262,17 +269,19 @@ class Executable:
                 self._pointers[self._slots[name]] = result.data_ptr()
 
     def _allocate_fresh(self, binding: _Binding, values: dict[str, Tensor]) -> None:
-        for spec in self._fresh:
-            values[spec.name] = tensor = torch.empty(binding.table.shape(spec), dtype=spec.dtype)
+        for spec, shape in zip(self._fresh, binding.fresh_shapes, strict=True):
+            values[spec.name] = tensor = torch.empty(shape, dtype=spec.dtype)
             self._pointers[self._slots[spec.name]] = tensor.data_ptr()
 
     # -- what follows from the shapes ---------------------------------------------------------------------------------
 
     def _binding(self, inputs: Sequence[Tensor]) -> _Binding:
-        key = tuple([tensor.shape for tensor in inputs])
-        if key in self._bindings:
-            self._bindings.move_to_end(key)
-            return self._bindings[key]
+        key = tuple(map(shape_of, inputs))
+        known = self._bindings.get(key)
+        if known is not None:
+            if known is not self._placed:  # what was used last stands at the end
+                self._bindings.move_to_end(key)
+            return known
         table = SizeTable(bind_sizes(self.plan, key))
         binding = self._bind(table)
         self._bindings[key] = binding
@@ -318,8 +327,9 @@ class Executable:
             for number, need in enumerate(function.shared):
                 rooms[number] = max(rooms[number], need.nbytes(table, self._threads))
         return _Binding(
-            table, memory, tuple(segments), tuple(groups), stride, tuple(rooms), tuple(sizes.values())
-        )
+            table, memory, tuple(segments), tuple(groups), stride, tuple(rooms),
+            tuple(map(table.shape, self._fresh)), tuple(sizes.values()),
+        )  # fmt: skip
 
     def _place(self, binding: _Binding) -> None:
         """Point the values of the arena to their places for this binding."""
@@ -360,6 +370,14 @@ def _number_slots(plan: Plan) -> dict[str, int]:
     for step in plan.steps:
         names += step.written() if isinstance(step, Launch) else step.results
     return {name: number for number, name in enumerate(dict.fromkeys(names))}
+
+
+def _input_slots(plan: Plan, slots: Mapping[str, int]) -> tuple[tuple[int, ...], ...]:
+    """Of every input its places in the pointer table: its own, and that of what is written over it."""
+    written: dict[str, list[int]] = {}
+    for name, source in plan.in_place.items():
+        written.setdefault(source, []).append(slots[name])
+    return tuple((slots[spec.name], *written.get(spec.name, ())) for spec in plan.inputs)
 
 
 def _fresh_values(plan: Plan) -> tuple[ValueSpec, ...]:

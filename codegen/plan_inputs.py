@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from operator import call, is_
+from operator import attrgetter, call, is_
 
 import torch
 from torch import Tensor
 
 from torchweld.codegen.plan import Plan, PlanError, ValueSpec
 from torchweld.graph.index import evaluate
+
+# Called by map: a loop over the hundred tensors of a cache costs as much as a small kernel.
+_REQUIRES_GRAD = attrgetter("requires_grad")
+shape_of = attrgetter("shape")
 
 
 class ShapeError(ValueError):
@@ -44,13 +48,14 @@ class InputChecks:
         tensors = list(inputs)
         for number in self.read_only:
             _check_tensor(number, self._specs[number], inputs[number])
-            tensors[number] = inputs[number].detach().contiguous()
+            if inputs[number].requires_grad or not inputs[number].is_contiguous():
+                tensors[number] = inputs[number].detach().contiguous()
         updated = [tensors[number] for number in self.updated]
         moved = not self._are_known(updated)
         if moved:
             self._check_updated(updated)
-        for number in self.updated:
-            if tensors[number].requires_grad:
+        if any(map(_REQUIRES_GRAD, updated)):
+            for number in self.updated:
                 tensors[number] = tensors[number].detach()
         return tensors, moved
 
@@ -79,10 +84,13 @@ class InputChecks:
 
 def _places(tensors: Sequence[Tensor]) -> tuple[list[int], list[torch.Size]]:
     """Addresses and shapes."""
-    return list(map(Tensor.data_ptr, tensors)), [tensor.shape for tensor in tensors]
+    return list(map(Tensor.data_ptr, tensors)), list(map(shape_of, tensors))
 
 
 def _check_tensor(number: int, spec: ValueSpec, tensor: Tensor) -> None:
+    if isinstance(tensor, Tensor) and tensor.is_cpu and tensor.layout is torch.strided:
+        if tensor.dtype == spec.dtype and tensor.dim() == len(spec.shape):
+            return
     where = f"input {number} ({spec.name})"
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{where}: expected a tensor, got {type(tensor).__name__}")

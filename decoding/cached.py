@@ -247,7 +247,7 @@ class CachedModel:
         if request.rows > GUESSES:
             cache.settle()
         assert isinstance(logits, Tensor)
-        return logits.reshape(len(lengths), -1, self.vocab_size)
+        return logits if len(lengths) == 1 else logits.reshape(len(lengths), -1, self.vocab_size)
 
 
 def _keep_written(tensors: Sequence[Tensor], written: Sequence[object]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,16 +41,18 @@ class StepRequest:
         """
         batch, count = self.ids.shape
         past = torch.tensor(lengths, dtype=torch.int64)
-        chosen = (self.wanted + torch.arange(batch)[:, None] * count).flatten()
+        wanted = self.wanted if batch == 1 else self.wanted + torch.arange(batch)[:, None] * count
+        chosen = wanted.flatten()
         if self.parents is not None:
             path = ancestors(self.parents)
             depth = (path >= 0).sum(1) - 1
             return self.ids, past, (past[:, None] + depth), chosen, path[None]
-        positions = past[:, None] + torch.arange(count)
-        if min(self.counts) < count:
-            last = past + torch.tensor(self.counts) - 1
-            positions = torch.minimum(positions, last.clamp(min=0)[:, None])
-        return self.ids, past, positions if limit is None else positions.clamp(max=limit - 1), chosen
+        # Plain numbers: after a pass over the weights torch's code is in no cache, and one operation costs 10 us.
+        positions = []
+        for length, real in zip(lengths, self.counts, strict=True):
+            last = max(length + real - 1, 0) if limit is None else min(max(length + real - 1, 0), limit - 1)
+            positions.append([min(position, last) for position in range(length, length + count)])
+        return self.ids, past, torch.tensor(positions, dtype=torch.int64), chosen
 
     def chunks(self, size: int) -> Iterator[StepRequest]:
         """The same rows in requests of at most `size` rows, each asking for all rows or its last."""
@@ -94,7 +97,7 @@ def read_request(
             f"the tokens are {ids.dtype} {tuple(ids.shape)}; expected int64 [B, T] with T >= 1"
         )
     batch, rows = ids.shape
-    real = (rows,) * batch if counts is None else tuple(int(count) for count in counts)
+    real = (rows,) * batch if counts is None else tuple(map(int, counts))
     if len(real) != batch or not all(0 <= count <= rows for count in real):
         raise DecodingError(
             f"counts {list(real)} for ids {tuple(ids.shape)}: expected {batch} numbers of 0 to {rows}"
@@ -125,8 +128,8 @@ def check_prompts(prompts: Sequence[Sequence[int]] | Tensor, tokens: int) -> lis
 
 def check_tokens(ids: Tensor, tokens: int, first: int = 0) -> None:
     """IndexError where a token of ids [B, T] is not 0 to `tokens` - 1."""
-    lowest, highest = ids.aminmax()
-    if lowest >= 0 and highest < tokens:
+    given = ids.tolist()
+    if min(map(min, given)) >= 0 and max(map(max, given)) < tokens:
         return
     sequence, row = ((ids < 0) | (ids >= tokens)).nonzero()[0].tolist()
     where = f"token {int(ids[sequence, row])} (row {row} of sequence {first + sequence})"
@@ -159,13 +162,19 @@ def _check_tree(parents: tuple[int, ...], batch: int, rows: int, counts: tuple[i
 
 def _wanted(logits_for: LogitsFor, batch: int, rows: int, counts: tuple[int, ...]) -> Tensor:
     """Numbers of the rows that get logits, int64 [B, n]."""
-    if logits_for == "last":
-        return torch.tensor(counts)[:, None].clamp(min=1) - 1
-    if logits_for == "all":
-        return torch.arange(rows).expand(batch, -1)
+    if isinstance(logits_for, str) and logits_for in ("last", "all"):
+        return _named_rows(logits_for, batch, rows, counts)
     if isinstance(logits_for, str) or not len(logits_for) or not all(0 <= row < rows for row in logits_for):
         given = repr(logits_for) if isinstance(logits_for, str) else list(logits_for)
         raise DecodingError(
             f"logits_for={given}: expected 'last', 'all', or at least one number of 0 to {rows - 1}"
         )
     return torch.tensor(tuple(logits_for)).expand(batch, -1)
+
+
+@lru_cache(maxsize=64)
+def _named_rows(logits_for: str, batch: int, rows: int, counts: tuple[int, ...]) -> Tensor:
+    """The last real row of each sequence ("last"), or all rows; nobody writes to the result."""
+    if logits_for == "last":
+        return torch.tensor(counts)[:, None].clamp(min=1) - 1
+    return torch.arange(rows).expand(batch, -1)
