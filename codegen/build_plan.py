@@ -6,14 +6,15 @@ one kernel share it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
 from torch import Tensor, fx
 
 from torchweld.codegen.ir import Kernel
+from torchweld.codegen.library_call import LibraryCall, library_call
 from torchweld.codegen.lower import LoweredGroup
 from torchweld.codegen.naming import unique
 from torchweld.codegen.pieces import APPEND
@@ -33,12 +34,14 @@ class BuiltPlan:
     step_groups: the group number of every step (None: the views of the results).
     results: per entry of the graph's output, the position in the plan's outputs, or the constant itself.
     tensor_inputs: positions of the placeholders that are tensors (the plan's inputs, in order).
+    not_in_library: why a kernel with a matmul has no form in ATen, by name.
     """
 
     plan: Plan
     step_groups: tuple[int | None, ...]
     results: tuple[tuple[int | None, object], ...]
     tensor_inputs: tuple[int, ...]
+    not_in_library: Mapping[str, str] = field(default_factory=dict)
 
 
 class PlanRefused(RuntimeError):
@@ -61,10 +64,14 @@ def build_plan(groups: GroupGraph) -> BuiltPlan:
     steps: list[Step] = []
     step_groups: list[int | None] = []
     values: dict[str, ValueSpec] = {}
+    forms: dict[str, LibraryCall | str | None] = {}
     for group in groups.topological():
         lowered = groups.lowered.get(group.id)
         if isinstance(lowered, LoweredGroup):
-            steps.append(_launch(group, lowered, kernels))
+            launch = _launch(group, lowered, kernels)
+            if launch.kernel.name not in forms:
+                forms[launch.kernel.name] = library_call(group, lowered)
+            steps.append(launch)
             values |= {node.name: _spec(node) for node in group.outputs}
         else:
             results = [n for n in group.nodes if isinstance(n.meta.get("val"), Tensor)]
@@ -78,11 +85,13 @@ def build_plan(groups: GroupGraph) -> BuiltPlan:
     updated = {name for step in steps if isinstance(step, Launch) for name in step.updated()}
     appends = graph.find_nodes(op="call_function", target=APPEND)
     in_place = {node.name: node.args[0].name for node in appends if node.name in updated}
-    plan = Plan(inputs, constants, values, tuple(steps), outputs, tuple(sizes), in_place)
+    library = {name: form for name, form in forms.items() if isinstance(form, LibraryCall)}
+    plan = Plan(inputs, constants, values, tuple(steps), outputs, tuple(sizes), in_place, library)
     missing = {s for step in plan.launches() for s in step.kernel.sizes} - set(sizes)
     if missing:
         raise PlanRefused(f"sizes {', '.join(sorted(missing))} are no whole dimension of any input")
-    return BuiltPlan(plan, tuple(step_groups), results_map, tensor_inputs)
+    refused = {name: form for name, form in forms.items() if isinstance(form, str)}
+    return BuiltPlan(plan, tuple(step_groups), results_map, tensor_inputs, refused)
 
 
 def _spec(node: fx.Node) -> ValueSpec:

@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Final
@@ -25,6 +25,7 @@ from torchweld.codegen.cpp import FLAGS, PrintedUnit, print_unit
 from torchweld.codegen.cpp_names import PrintError
 from torchweld.codegen.cpp_packed import Precision
 from torchweld.codegen.ir import Kernel
+from torchweld.codegen.library_runs import LibraryLaunch, LibraryRuns
 from torchweld.codegen.packed_plan import PackedConstants
 from torchweld.codegen.plan import EagerStep, Launch, Plan, PlanError, SizeTable, ValueSpec, Work, work
 from torchweld.codegen.plan_inputs import InputChecks, bind_sizes, shape_of
@@ -62,7 +63,7 @@ class _Binding:
 
     table: SizeTable
     memory: MemoryPlan
-    segments: tuple[ctypes.Array[LaunchRecord] | EagerStep, ...]
+    segments: tuple[ctypes.Array[LaunchRecord] | EagerStep | LibraryLaunch, ...]
     launches: tuple[tuple[Launch, ...], ...]
     scratch_stride: int
     shared_bytes: tuple[int, ...]
@@ -79,6 +80,12 @@ class _Prepared:
     slots: ctypes.Array[ctypes.c_int32]
     arguments: int
     work: tuple[Work, ...]
+
+    def fill(self, record: LaunchRecord, sizes: ctypes.Array[ctypes.c_int64], solo: int) -> None:
+        """Make `record` one launch at these sizes; solo: by one thread."""
+        record.kernel, record.slots = self.function, ctypes.addressof(self.slots)
+        record.sizes, record.arguments = ctypes.addressof(sizes), self.arguments
+        record.solo = solo
 
 
 class Executable:
@@ -114,10 +121,12 @@ class Executable:
             name: tensor.detach().contiguous() for name, tensor in kept.items()
         } | self._packed.data
         self._slots = _number_slots(plan)
+        self.library = LibraryRuns(plan, precision)
         self._input_names = [spec.name for spec in plan.inputs]
         self._checks = InputChecks(plan)
         self._input_slots = _input_slots(plan, self._slots)
         self._has_eager_steps = any(isinstance(step, EagerStep) for step in plan.steps)
+        self._torch_takes_part = self._has_eager_steps
         places = {name: number for number, name in enumerate(self._input_names)}
         sources = [plan.in_place.get(name, name) for name in plan.outputs]
         self._outputs = [
@@ -204,10 +213,8 @@ class Executable:
         with self._lock:
             self._calls += 1
             tensors, moved = self._checks(inputs)
-            for number in (*self._checks.read_only, *(self._checks.updated if moved else ())):
-                for slot in self._input_slots[number]:
-                    self._pointers[slot] = tensors[number].data_ptr()
-            values = self._seen_by_eager_steps(tensors)
+            self._point_at(tensors, self._checks.updated if moved else ())
+            values = self._seen_by_torch(tensors) if self._torch_takes_part else {}
             self._renew_packed()
             binding = self._binding(inputs)
             self._place(binding)
@@ -217,16 +224,68 @@ class Executable:
                 [inputs[at] if at is not None else self._output(name, values) for name, at in self._outputs]
             )
 
-    def _seen_by_eager_steps(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The inputs by name, where a step runs eagerly: launches find them by their places."""
-        if not self._has_eager_steps:
-            return {}
+    def _point_at(self, tensors: Sequence[Tensor], updated: Sequence[int]) -> None:
+        """Tell the launches where the inputs are; of those that are updated, these have moved."""
+        for number in (*self._checks.read_only, *updated):
+            for slot in self._input_slots[number]:
+                self._pointers[slot] = tensors[number].data_ptr()
+
+    def _seen_by_torch(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The inputs by name, for steps that torch runs: launches find them by their places."""
         values = dict(zip(self._input_names, tensors, strict=True))
         return values | {name: values[source] for name, source in self.plan.in_place.items()}
+
+    def packed_kernel(self, launch: Launch, kernel: Kernel) -> Kernel:
+        """`kernel`, which is that of `launch` but for names, as it reads the packed weights."""
+        return self._packed.kernels([Launch(kernel, launch.arguments)])[0]
 
     def release_stored(self) -> int:
         """Drop what is in memory of the model's file and is read no longer, its weights being packed; bytes."""
         return self._packed.release_stored()
+
+    def use_library(self, chosen: Mapping[str, Collection[int]]) -> None:
+        """Run these kernels through ATen for rows of these buckets (codegen/library_runs.py), and no others."""
+        with self._lock:
+            self.library.choose(chosen)
+            self._torch_takes_part = self._has_eager_steps or bool(chosen)
+            self._bindings.clear()
+            self._placed = None
+
+    def sizes_of(self, inputs: Sequence[Tensor]) -> SizeTable:
+        """The sizes that the plan's inputs have. Raises ShapeError."""
+        return SizeTable(bind_sizes(self.plan, [tuple(tensor.shape) for tensor in inputs]))
+
+    def single_runs(
+        self, kernel: str, inputs: Sequence[Tensor]
+    ) -> tuple[Callable[[], object], Callable[[], object]]:
+        """For measuring: run the first launch of `kernel` at the sizes of `inputs`, by itself and through ATen.
+
+        What it reads of other launches is random data. Calls of the executable in between make both meaningless.
+        """
+        tensors, _ = self._checks(inputs)
+        self._point_at(tensors, self._checks.updated)
+        values = self._seen_by_torch(tensors)
+        binding = self._binding(inputs)
+        self._place(binding)
+        self._allocate_fresh(binding, values)
+        number = next(n for n, launch in enumerate(self._launches) if launch.kernel.name == kernel)
+        launch, prepared = self._launches[number], self._prepared[number]
+        for name in launch.read():
+            if name in self.plan.values:
+                self._tensor(name, binding, values).uniform_(-1, 1)
+        names = launch.kernel.sizes
+        sizes = (ctypes.c_int64 * max(1, len(names)))(*(binding.table.sizes[name] for name in names))
+        records = (LaunchRecord * 1)()
+        prepared.fill(records[0], sizes, self._threads == 1)
+        table, scratch = ctypes.addressof(self._pointers), self._scratch.data_ptr()
+        team, library = self._team, self.library.prepare(launch, binding.table)
+        assert team is not None
+
+        def ours() -> None:
+            assert len(sizes) and values is not None  # the record and the table point to them
+            team.run(records, table, scratch, binding.scratch_stride)
+
+        return ours, lambda: self._run_library(library, binding, values)
 
     def _renew_packed(self) -> None:
         """Pack again what was written to since it was packed."""
@@ -242,6 +301,9 @@ class Executable:
         for segment, launches in zip(binding.segments, binding.launches, strict=True):
             if isinstance(segment, EagerStep):
                 self._run_eagerly(segment, binding, values)
+                continue
+            if isinstance(segment, LibraryLaunch):
+                self._run_library(segment, binding, values)
                 continue
             assert self._team is not None
             table, scratch = ctypes.addressof(self._pointers), self._scratch.data_ptr()
@@ -267,6 +329,21 @@ class Executable:
             if name in self._slots and isinstance(result, Tensor):
                 values[name] = result = result.contiguous()
                 self._pointers[self._slots[name]] = result.data_ptr()
+
+    def _run_library(self, step: LibraryLaunch, binding: _Binding, values: dict[str, Tensor]) -> None:
+        inputs = [self._tensor(name, binding, values) for name in step.launch.read()]
+        places = [self._tensor(name, binding, values) for name in step.launch.written()]
+        self.library.run(step, inputs, places)
+
+    def _tensor(self, name: str, binding: _Binding, values: dict[str, Tensor]) -> Tensor:
+        """A value as a tensor: of the caller or for it, a constant as the model has it, or a place in the arena."""
+        if name in values:
+            return values[name]
+        if name in self.plan.constants:
+            return self.plan.constants[name].detach()
+        spec = self.plan.values[name]
+        start, shape = binding.memory.offsets[name], binding.table.shape(spec)
+        return self._arena[start : start + prod(shape) * spec.dtype.itemsize].view(spec.dtype).view(shape)
 
     def _allocate_fresh(self, binding: _Binding, values: dict[str, Tensor]) -> None:
         for spec, shape in zip(self._fresh, binding.fresh_shapes, strict=True):
@@ -298,11 +375,13 @@ class Executable:
         )
         sizes: dict[int, ctypes.Array[ctypes.c_int64]] = {}
         solo: dict[int, int] = {}
-        segments: list[ctypes.Array[LaunchRecord] | EagerStep] = []
+        segments: list[ctypes.Array[LaunchRecord] | EagerStep | LibraryLaunch] = []
         groups: list[tuple[Launch, ...]] = []
         prepared = iter(self._prepared)
-        for group in _segments(self.plan):
-            if isinstance(group, EagerStep):
+        for group in self.library.segments(table):
+            if not isinstance(group, tuple):
+                if isinstance(group, LibraryLaunch):
+                    next(prepared)  # its record is not needed
                 segments.append(group)
                 groups.append(())
                 continue
@@ -314,9 +393,7 @@ class Executable:
                     names = launch.kernel.sizes
                     sizes[key] = (ctypes.c_int64 * max(1, len(names)))(*(table.sizes[n] for n in names))
                     solo[key] = self._threads == 1 or sum(w(table) for w in launch.work) < _SOLO_WORK
-                record.kernel, record.slots = launch.function, ctypes.addressof(launch.slots)
-                record.sizes, record.arguments = ctypes.addressof(sizes[key]), launch.arguments
-                record.solo = solo[key]
+                launch.fill(record, sizes[key], solo[key])
             segments.append(records)
             groups.append(group)
         room = max((table(expr) for f in self._unit.functions for expr in f.scratch), default=0)
@@ -404,19 +481,6 @@ def _arena_values(plan: Plan, fresh: Sequence[ValueSpec]) -> tuple[tuple[ValueSp
             if name in spans:
                 spans[name] = (spans[name][0], number)
     return tuple((plan.values[name], first, last) for name, (first, last) in spans.items())
-
-
-def _segments(plan: Plan) -> list[tuple[Launch, ...] | EagerStep]:
-    """The steps, with neighbouring launches together."""
-    segments: list[tuple[Launch, ...] | EagerStep] = []
-    for step in plan.steps:
-        if isinstance(step, EagerStep):
-            segments.append(step)
-        elif segments and isinstance(segments[-1], tuple):
-            segments[-1] = (*segments[-1], step)
-        else:
-            segments.append((step,))
-    return segments
 
 
 def _index_message(launch: Launch) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from torchweld.codegen.ir import Kernel, MatmulPart, Part, RowPart, part_axes, part_terms
+from torchweld.codegen.library_call import LibraryCall
 from torchweld.graph.index import evaluate
 from torchweld.graph.terms import Attend, Axis, Contract, Expr, Fold
 
@@ -70,6 +71,7 @@ class Plan:
     inputs: in call order.  constants: by name, used as they are.  values: specs of everything that steps compute.
     sizes: the size symbols; each must be the whole extent of some input dimension.
     in_place: values that are an input after some of its elements were overwritten, and that input: the same memory.
+    library: kernels by name that have a form in ATen, which runs in their place where the executable is told so.
     """
 
     inputs: tuple[ValueSpec, ...]
@@ -79,6 +81,7 @@ class Plan:
     outputs: tuple[str, ...]
     sizes: tuple[str, ...]
     in_place: Mapping[str, str] = field(default_factory=dict)
+    library: Mapping[str, LibraryCall] = field(default_factory=dict)
 
     def launches(self) -> tuple[Launch, ...]:
         """The launches in order."""
@@ -112,6 +115,10 @@ class Plan:
             known |= set(written)
         if missing := [name for name in self.outputs if name not in known]:
             raise PlanError(f"outputs {missing} are computed by no step")
+        for launch in self.launches():
+            call = self.library.get(launch.kernel.name)
+            if call and (call.inputs, len(call.results)) != (len(launch.read()), len(launch.written())):
+                raise PlanError(f"kernel {launch.kernel.name}: its form in ATen has other inputs or results")
 
     def _check_updates(self, number: int, launch: Launch, where: str) -> None:
         """Raise PlanError unless what a launch updates is an input that nothing after it reads as it was before."""

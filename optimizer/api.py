@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast, overload
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from torchweld.codegen.cache import Cache
 from torchweld.graph.capture import capture
 from torchweld.graph.capture_errors import CaptureError
 from torchweld.graph.program import Program
+from torchweld.optimizer.choose_library import choose_library
 from torchweld.optimizer.compile import Compiled, Options, compile_program
 from torchweld.optimizer.environment import read_environment
 from torchweld.optimizer.gate import keep_if_faster
@@ -30,6 +33,7 @@ from torchweld.optimizer.verify import compile_and_compare
 from torchweld.optimizer.warm import find_warm_start
 
 MAX_PROGRAMS = 8
+MAX_TUNED = 1024  # shapes that are known to be measured
 Structure = tuple[object, ...]
 
 
@@ -48,11 +52,15 @@ class Optimized:
     ) -> None:
         self.model, self.options, self.dynamic, self.verify = model, options, dynamic, verify
         self.programs: dict[Structure, Compiled] = {}
+        self._tuned: set[tuple[int, tuple[torch.Size, ...]]] = set()
         self._lock = threading.RLock()
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Run without autograd, with the signature of the source."""
         compiled = self.compiled_for(args, kwargs)
+        if self.options.tune == "calls":
+            with self._lock:
+                self._choose(compiled, compiled.program.flatten_inputs(args, kwargs))
         return compiled.run(*args, **kwargs)
 
     def compiled_for(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Compiled:
@@ -74,6 +82,7 @@ class Optimized:
         level = max(self.verify, read_environment(pass_names()).verify)
         warm = None if level else find_warm_start(self.model, args, kwargs, self.options, self.dynamic)
         if warm is not None and (known := warm.restore()) is not None:
+            self._choose(known, known.program.flatten_inputs(args, kwargs))
             return known
         program = capture(self.model, args, kwargs, dynamic=self.dynamic)
         flat = program.flatten_inputs(args, kwargs)
@@ -83,10 +92,21 @@ class Optimized:
             compiled, _ = compile_and_compare(
                 program, flat, level=level, options=self.options, name=_name(self.model), measure=measure
             )
+        self._choose(compiled, flat)
         keep_if_faster(compiled, program, flat)
         if warm is not None:
             warm.store(compiled)
         return compiled
+
+    def _choose(self, compiled: Compiled, flat: Sequence[object]) -> None:
+        """ATen for the products that it computes faster at these sizes."""
+        shapes = id(compiled), tuple([leaf.shape for leaf in flat if isinstance(leaf, Tensor)])
+        if self.options.tune == "never" or shapes in self._tuned:
+            return
+        if len(self._tuned) >= MAX_TUNED:
+            self._tuned.clear()
+        self._tuned.add(shapes)
+        choose_library(compiled, flat, self.options.cache or Cache())
 
     @property
     def compiled(self) -> Compiled:

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -59,6 +59,10 @@ class Options:
     weights are rounded to bfloat16 where more than 16 rows meet a weight (each product off by at most 2^-7 of itself).
     "int8": as "bf16", and activations of up to 16 rows in int8 with a scale for every 32 (each off by at most 1/254 of
     the greatest of its 32).
+    tune: when products of more than 64 rows are measured against ATen, which runs them where it is faster
+    (optimizer/choose_library.py): "example", at optimize() for the sizes of its inputs; "calls", also at the first call
+    with sizes twice as large or half; "never". A row's bits may then differ between calls of more than 64 rows. Not
+    for steps of decoding.
     lossy: passes that change the model, behind the exact ones; optimizer/lossy.py measures what they cost.
     """
 
@@ -73,12 +77,15 @@ class Options:
     warm: bool = True
     precision: Precision = "f32"
     lossy: tuple[Pass[Any], ...] = ()
+    tune: Literal["example", "calls", "never"] = "example"
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: expected one of {', '.join(PRECISIONS)}")
         if self.guide not in ("model", "measure"):
             raise ValueError(f"guide={self.guide!r}: expected 'model' or 'measure'")
+        if self.tune not in ("example", "calls", "never"):
+            raise ValueError(f"tune={self.tune!r}: expected 'example', 'calls' or 'never'")
 
 
 @dataclass

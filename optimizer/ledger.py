@@ -147,6 +147,35 @@ class Fallback:
 
 
 @dataclass(frozen=True)
+class LibraryRecord:
+    """A kernel with products against the same in ATen, at a number of rows; its bucket of rows is decided by that.
+
+    shapes: rows x depth x columns of its products.  Times are milliseconds of one launch, None where nobody measured.
+    copied_bytes: weights that ATen needs beside the packed ones.  reason: why it was not measured or not chosen,
+    empty where the times say it.
+    """
+
+    kernel: str
+    rows: int
+    shapes: str
+    ours_ms: float | None
+    aten_ms: float | None
+    chosen: bool
+    reason: str = ""
+    copied_bytes: int = 0
+
+    def sentence(self) -> str:
+        """For a reader: "linear 1024x384x1536: ATen 1.9 ms, ours 2.3 ms"."""
+        parts = [] if not self.shapes else [f"linear {self.shapes}"]
+        if self.ours_ms is not None and self.aten_ms is not None:
+            parts.append(f"ATen {self.aten_ms:.3g} ms, ours {self.ours_ms:.3g} ms")
+        parts += [self.reason] if self.reason else []
+        if self.chosen and self.copied_bytes:
+            parts.append(f"holds {self.copied_bytes / 1e6:.1f} MB of weights twice")
+        return ": ".join(parts)
+
+
+@dataclass(frozen=True)
 class Phase:
     """Wall-clock seconds that one phase of compilation took ("capture", "passes", "build")."""
 

@@ -17,6 +17,7 @@ from torchweld.optimizer.ledger import (
     Fallback,
     KernelRecord,
     LaunchRecord,
+    LibraryRecord,
     MaskRecord,
     PassRecord,
     Phase,
@@ -29,6 +30,7 @@ from torchweld.optimizer.report_tables import (
     Table,
     fallback_table,
     kernel_table,
+    library_table,
     mask_table,
     pass_table,
     phase_table,
@@ -50,6 +52,7 @@ class Report:
     max_relative_error: against float64, relative to the row's largest magnitude; None if it was not checked.
     rank_correlation: Spearman's, modelled against measured times per kernel; None if it was not profiled.
     arena_bytes: activations' memory plan at these sizes; None without a compiled executable.
+    library: products of many rows that were timed against ATen, or why not.
     """
 
     model: str
@@ -63,6 +66,7 @@ class Report:
     max_relative_error: float | None = None
     rank_correlation: float | None = None
     arena_bytes: int | None = None
+    library: tuple[LibraryRecord, ...] = ()
 
     @property
     def kernels(self) -> tuple[KernelRecord, ...]:
@@ -130,6 +134,7 @@ class Report:
             "passes": [asdict(record) for record in self.passes],
             "masks": [asdict(record) for record in self.masks],
             "kernels": [asdict(record) for record in self.kernels],
+            "library": [asdict(record) for record in self.library],
             "fallbacks": [asdict(record) for record in self.fallbacks],
             "phases": [asdict(record) for record in self.phases],
         }
@@ -142,6 +147,7 @@ class Report:
             refusal_table(merge_runs(self.passes)),
             mask_table(self.masks),
             kernel_table(self.kernels),
+            library_table(self.library),
             fallback_table(self.fallbacks),
             phase_table(self.phases),
         )

@@ -10,7 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from torchweld.optimizer.ledger import Fallback, KernelRecord, MaskRecord, PassRecord, Phase
+from torchweld.optimizer.ledger import Fallback, KernelRecord, LibraryRecord, MaskRecord, PassRecord, Phase
 
 Justify = Literal["left", "right"]
 
@@ -140,6 +140,13 @@ def fallback_table(fallbacks: Sequence[Fallback]) -> Table:
     columns = tuple(Column(heading, "left", wide=True) for heading in ("runs eagerly", "reason", "source"))
     rows = tuple((item.what, item.reason, item.source) for item in fallbacks)
     return Table("Eager fallbacks", columns, rows)
+
+
+def library_table(records: Sequence[LibraryRecord]) -> Table:
+    """Who computes the products of many rows, and by which times."""
+    columns = Column("kernel", "left", wide=True), Column("runs", "left"), Column("why", "left", wide=True)
+    rows = tuple((r.kernel, "ATen" if r.chosen else "ours", r.sentence()) for r in records)
+    return Table("Products of many rows (one launch, measured in turn with ATen)", columns, rows)
 
 
 def phase_table(phases: Sequence[Phase]) -> Table:
