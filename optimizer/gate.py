@@ -62,13 +62,13 @@ def keep_if_faster(compiled: Compiled, program: Program, flat_inputs: Sequence[o
     return verdict
 
 
-def measure(compiled: Callable[[], object], eager: Callable[[], object]) -> Verdict:
+def measure(compiled: Callable[[], object], eager: Callable[[], object], rounds: int = ROUNDS) -> Verdict:
     """Time both in turn."""
     ours: list[float] = []
     theirs: list[float] = []
     with torch.no_grad():
         compiled()
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             ours.append(_sample(compiled, ours))
             theirs.append(_sample(eager, theirs))
             if ours[-1] * CLEARLY < theirs[-1]:
