@@ -16,6 +16,7 @@ from typing import Final
 import sympy
 
 from torchweld.codegen.cpp_attention import SharedRoom, print_attention_part
+from torchweld.codegen.cpp_best import ListRoom
 from torchweld.codegen.cpp_fingerprint import fingerprint, merge_equal_terms
 from torchweld.codegen.cpp_matmul import print_matmul_part
 from torchweld.codegen.cpp_names import PrintError
@@ -54,7 +55,7 @@ class PrintedKernel:
     name: str
     text: str
     scratch: tuple[Expr, ...]
-    shared: tuple[SharedRoom, ...] = ()
+    shared: tuple[SharedRoom | ListRoom, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def print_kernel(kernel: Kernel, taken: Collection[str] = (), precision: Precisi
         name = names.namer.fresh(kernel.name)
     body = buffer_lines(kernel, names)
     scratch: list[Expr] = []
-    shared: list[SharedRoom] = []
+    shared: list[SharedRoom | ListRoom] = []
     for part in kernel.parts:
         try:
             lines, room = _print_part(kernel, names, part, shared, precision)
@@ -121,17 +122,23 @@ def prelude() -> str:
     folder = Path(__file__).parent / "runtime"
     packed = ("packed.h", "packed_matmul.h", "packed_bf16.h", "packed_int8.h")
     attention = ("attention.h", "attention_bf16.h")
-    names = ("scalar.h", "fold.h", "vectors.h", "formats.h", "matmul.h", *packed, *attention)
+    names = ("scalar.h", "fold.h", "best.h", "vectors.h", "formats.h", "matmul.h", *packed, *attention)
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 def _print_part(
-    kernel: Kernel, names: KernelNames, part: Part, shared: list[SharedRoom], precision: Precision
+    kernel: Kernel,
+    names: KernelNames,
+    part: Part,
+    shared: list[SharedRoom | ListRoom],
+    precision: Precision,
 ) -> tuple[list[str], Expr | int]:
+    place = len(kernel.buffers) + len(shared)
     if isinstance(part, MatmulPart):
-        return print_matmul_part(kernel, names, part, precision)
+        if part.choices:
+            shared.append(ListRoom.of(part))
+        return print_matmul_part(kernel, names, part, precision, place)
     if isinstance(part, AttentionPart):
-        place = len(kernel.buffers) + len(shared)
         lines, scratch, room = print_attention_part(kernel, names, part, place, precision)
         shared.append(room)
         return lines, scratch

@@ -73,6 +73,8 @@ class _Writer:
             case MatmulPart():
                 binds = [bind.name for bind in part.row_binds]
                 axes = f"matmul {self.axes(part.batch)} {self.axes(part.rows)} {self.axes((part.n,))} {binds}"
+                if part.choices:
+                    axes += f" chosen {[bind.name for bind in part.choices]} {self.axes(part.ranks)}"
             case AttentionPart():
                 axes = f"attention {self.axes(part.batch)} {self.axes((part.t, part.feature))}"
         return f"{axes} {part.schedule}"
@@ -110,8 +112,11 @@ class _Writer:
                 case RowPart():
                     return replace(part, binds=binds(part.binds), stores=stores)
                 case MatmulPart():
-                    contracts = binds(part.contracts)
-                    return replace(part, row_binds=binds(part.row_binds), contracts=contracts, stores=stores)
+                    contracts, choices = binds(part.contracts), binds(part.choices)
+                    row_binds = binds(part.row_binds)
+                    return replace(
+                        part, row_binds=row_binds, contracts=contracts, choices=choices, stores=stores
+                    )
                 case AttentionPart():
                     return replace(part, attend=binds((part.attend,))[0], stores=stores)
 
@@ -132,7 +137,8 @@ class _Writer:
             case Op() | Ref():
                 return term.name
             case Fold():
-                return f"{term.monoid.kind} {self.axes(term.axes)}"
+                rank = "" if term.rank is None else f" rank {self.expr(term.rank)}"
+                return f"{term.monoid.kind} {self.axes(term.axes)}{rank}"
             case Contract():
                 return self.axes((term.k,))
             case Attend():

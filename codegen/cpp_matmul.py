@@ -4,7 +4,7 @@
         row binds and A rows -> scratch         prologue: casts, norms, gathers
         for each block of columns:
             for each contract: sums of the block (matmul.h)
-            for each row: stores over the columns of the block, vectorized
+            for each row: stores over the columns of the block, vectorized; or a search of them (cpp_best.py)
 
 A row's sums are taken in an order that depends on k only (see matmul.h), so rows do not influence each other.
 """
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 
+from torchweld.codegen.cpp_best import BestPrinter
 from torchweld.codegen.cpp_names import HALVES, PrintError, converted, unwrapped, value_type
 from torchweld.codegen.cpp_operand import StoredRow, padded, runs_along, stored_row
 from torchweld.codegen.cpp_packed import (
@@ -67,15 +68,21 @@ class _Panel:
 
 
 def print_matmul_part(
-    kernel: Kernel, names: KernelNames, part: MatmulPart, precision: Precision = "f32"
+    kernel: Kernel, names: KernelNames, part: MatmulPart, precision: Precision = "f32", place: int = 0
 ) -> tuple[list[str], Expr]:
-    """The statements of the part and the bytes of scratch memory per thread that they need."""
-    return _MatmulPrinter(kernel, names, part, precision).print()
+    """The statements of the part and the bytes of scratch memory per thread that they need.
+
+    place: where the lists of a search come among the buffers.
+    """
+    return _MatmulPrinter(kernel, names, part, precision, place).print()
 
 
 class _MatmulPrinter:
-    def __init__(self, kernel: Kernel, names: KernelNames, part: MatmulPart, precision: Precision) -> None:
+    def __init__(
+        self, kernel: Kernel, names: KernelNames, part: MatmulPart, precision: Precision, place: int
+    ) -> None:
         self.kernel, self.names, self.part, self.precision = kernel, names, part, precision
+        self.search = BestPrinter(part, place) if part.choices else None
         self.real = self._real()
         self.kind = value_type(self.real)
         self.emitter = Emitter(kernel, names)
@@ -150,6 +157,8 @@ class _MatmulPrinter:
         self._sizes()
         self._room()
         body = self._unit()
+        if self.search is not None:
+            self.lines += self.search.begin()
         self.lines += [
             "const tw_range share = tw_share(batch * row_blocks * column_blocks, thread, threads);",
             "int64_t ready = -1;  // the block of rows that the scratch memory holds",
@@ -157,6 +166,8 @@ class _MatmulPrinter:
             *indented(body),
             "}",
         ]
+        if self.search is not None:
+            self.lines += self.search.end(self._scope(()))
         return self.lines, self.scratch
 
     def _sizes(self) -> None:
@@ -363,7 +374,8 @@ class _MatmulPrinter:
     def _epilogue(self) -> list[str]:
         part = self.part
         emitter = self._scope(part.batch)
-        refs = {ref.name for store in part.stores for ref in walk(store.value) if isinstance(ref, Ref)}
+        read = [store.value for store in part.stores] if self.search is None else [self.search.score]
+        refs = {ref.name for value in read for ref in walk(value) if isinstance(ref, Ref)}
         emitter.push(tuple(axis.name for axis in part.rows) + tuple(f"ref:{b.name}" for b in part.row_binds))
         for bind in part.row_binds:
             if bind.name in refs:
@@ -375,15 +387,18 @@ class _MatmulPrinter:
             if product.contract.dtype in HALVES:
                 text = f"tw_round_{HALVES[product.contract.dtype]}({text})"
             self._reload(emitter, product.bind.name, text, product.contract.dtype)
-        for store in part.stores:
-            emitter.store(store)
+        if self.search is None:
+            for store in part.stores:
+                emitter.store(store)
+        else:
+            self.search.keep(emitter)
         columns = [f"const int64_t {n} = first_column + j;", *emitter.pop()]
         inner = ["#pragma GCC ivdep", "for (int64_t j = 0; j < width; ++j) {", *indented(columns), "}"]
         body = [
             "const int64_t m = first_row + r;",
             *emitter.unflatten("m", part.rows),
             *emitter.pop(),
-            *inner,
+            *(inner if self.search is None else self.search.around(inner, self.block_columns)),
         ]
         loop = ["for (int64_t r = 0; first_row + r < block_end; ++r) {", *indented(body), "}"]
         return emitter.pop() + loop

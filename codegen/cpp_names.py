@@ -25,7 +25,7 @@ _KEYWORDS: Final = frozenset(
     block_columns narrow panel_row unpacked
     share_of_one units spread splits task first_head past slots past_slot visible first_split end_split filled
     split split_end state sums turned joined attend_rows begin_row end_row seen last keep number count group q slot
-    new_row depth fits""".split()
+    new_row depth fits best found line searched""".split()
 )
 
 _STORAGE: Final = {

@@ -81,7 +81,8 @@ def _text(term: Term, depth: int) -> str:
             condition, value, other = (_text(t, depth - 1) for t in (term.condition, term.value, term.other))
             return f"({value} if {condition} else {other})"
         case Fold():
-            return f"{term.monoid.kind}[{_axes(term.axes)}]({_text(term.body, depth - 1)})"
+            rank = "" if term.rank is None else f", number {term.rank}"
+            return f"{term.monoid.kind}[{_axes(term.axes)}{rank}]({_text(term.body, depth - 1)})"
         case Contract():
             return f"sum[{_axes((term.k,))}]({_text(term.a, depth - 1)} * {_text(term.b, depth - 1)})"
         case Attend():

@@ -26,6 +26,7 @@ from torchweld.codegen.ir import (
     AttentionPart,
     Indirect,
     Kernel,
+    MatmulPart,
     Part,
     Store,
     part_axes,
@@ -149,8 +150,11 @@ class _PartRun:
         scope = _Scope({axis.name: evaluate(axis.extent, self.sizes) for axis in axes})
         if 0 in scope.extents.values():
             return  # no store: what leads to one need not be legal
+        products = scope
+        if isinstance(self.part, MatmulPart) and self.part.choices:
+            products = self.enter([self.part.n], scope)
         for bind in part_binds(self.part):
-            self.bound[bind.name] = self.value(bind.term, scope)
+            self.bound[bind.name] = self.value(bind.term, scope if isinstance(bind.term, Fold) else products)
         for store in self.part.stores:
             self.store(store, scope, outputs[store.buffer])
 
@@ -365,6 +369,8 @@ class _PartRun:
         """A reduction over the dimensions of its axes, which become 1."""
         inner = self.enter(term.axes, scope)
         body = self.spread(self.value(term.body, inner), term.axes, inner)
+        if term.rank is not None:
+            return self.settle(self.ranked(term, body, scope), term.dtype)
         dims = [self.dimension[axis.name] for axis in term.axes]
         kept = [1 if d in dims else extent for d, extent in enumerate(body.shape)]
         if body.numel() == 0:
@@ -372,6 +378,16 @@ class _PartRun:
         others = [d for d in range(body.dim()) if d not in dims]
         flat = body.permute(others + dims).reshape([*(body.shape[d] for d in others), -1])
         return self.settle(FOLDS[term.monoid.kind](flat).reshape(kept), term.dtype)
+
+    def ranked(self, term: Fold, body: Tensor, scope: _Scope) -> Tensor:
+        """The entry of a number in descending order along one axis: its value, or its place."""
+        assert term.rank is not None
+        at = self.dimension[term.axes[0].name]
+        # Stable, so of equals the lower place comes first; torch sorts NaN as greater than all numbers.
+        values, places = body.sort(dim=at, descending=True, stable=True)
+        return torch.take_along_dim(
+            values if term.monoid.kind == "max" else places, self.index(term.rank, scope), dim=at
+        )
 
     def product_sum(self, a: Tensor, b: Tensor, axis: Axis, inner: _Scope) -> Tensor:
         """The sum of a * b along `axis`; einsum, so that a large contraction is a matmul and not a huge product."""

@@ -6,6 +6,7 @@ values bound once per parallel point, and stores.  There are three kinds, one pe
 
     RowPart        for each point of grid: binds (Folds), then for inner: stores     pointwise, norms, softmax, gathers
     MatmulPart     for each tile of rows x n: contracts over k, then stores          linear, bmm, with pro- and epilogue
+                    or the greatest entries of every row, and stores of those      argmax, top-k of a linear
     AttentionPart  for each (batch, query row): online softmax over s, then stores   attention
 
 All buffers are contiguous and row-major; one of role "update" is a caller's tensor of which some elements are
@@ -122,6 +123,11 @@ class MatmulPart:
     The A operand of every contract depends on (batch, rows, k) and may use row binds; the B operand on (batch, n, k).
     Every store is over (batch, rows, n) and uses contracts and row binds through `Ref`.
     `rows` are flattened row-major into m; a row's result must not depend on how many rows there are.
+
+    With `choices` the products are searched, not stored: every choice is a Fold over n, max or argmax, of one and the
+    same body, which uses contracts and row binds; every store is over (batch, rows, ranks) and uses choices and row
+    binds.  `ranks` is empty, or the one axis that the choices' rank is: its extent, a number, is how many entries of
+    each row are found.
     """
 
     batch: tuple[Axis, ...]
@@ -131,6 +137,8 @@ class MatmulPart:
     contracts: tuple[Bind, ...]
     stores: tuple[Store, ...]
     schedule: Schedule = field(default_factory=Schedule)
+    choices: tuple[Bind, ...] = ()
+    ranks: tuple[Axis, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,9 +188,14 @@ def part_axes(part: Part) -> tuple[Axis, ...]:
         case RowPart():
             return part.grid + part.inner
         case MatmulPart():
-            return (*part.batch, *part.rows, part.n)
+            return (*part.batch, *part.rows, *(part.ranks if part.choices else (part.n,)))
         case AttentionPart():
             return (*part.batch, part.t, part.feature)
+
+
+def product_axes(part: MatmulPart) -> tuple[Axis, ...]:
+    """The axes of a matmul's products; those of its stores too, unless the products are searched."""
+    return (*part.batch, *part.rows, part.n)
 
 
 def part_binds(part: Part) -> tuple[Bind, ...]:
@@ -191,7 +204,7 @@ def part_binds(part: Part) -> tuple[Bind, ...]:
         case RowPart():
             return part.binds
         case MatmulPart():
-            return part.row_binds + part.contracts
+            return part.row_binds + part.contracts + part.choices
         case AttentionPart():
             return (part.attend,)
 

@@ -15,10 +15,11 @@ import sympy
 from torch import Tensor, fx
 
 from torchweld.codegen.families.attention import build_attention_part
+from torchweld.codegen.families.choice import build_choice_part, searches_products
 from torchweld.codegen.families.common import Dependence, reductions
 from torchweld.codegen.families.matmul import build_matmul_part
 from torchweld.codegen.families.row import build_row_part
-from torchweld.codegen.ir import Buffer, Indirect, Kernel, Part, Store, part_axes, part_terms
+from torchweld.codegen.ir import Buffer, Indirect, Kernel, MatmulPart, Part, Store, part_axes, part_terms
 from torchweld.codegen.naming import buffer_hint, kernel_name, unique
 from torchweld.codegen.pieces import (
     APPEND,
@@ -71,7 +72,7 @@ class _Stored:
     piece: Piece
     axes: tuple[Axis, ...]
     store: Store
-    anchor: str  # "row", "contract" or "attention"
+    anchor: str  # "row", "contract", "attention", or "choice": rows of a matmul's result are searched
 
 
 @dataclass
@@ -121,6 +122,11 @@ def lower_group(group: Group, cores: int) -> LoweredGroup:
         rule = rule_of(node)
         if rule is None:
             raise Unsupported(f"{node.target}: no rule gives its elements")
+    for node in group.outputs:
+        if kind_of(node) == "choice" and isinstance(node.meta.get("val"), (tuple, list)):
+            raise Unsupported(
+                "the greatest entries of rows in memory; kernels find those of a matmul's result"
+            )
     names: dict[fx.Node, str] = {}
     for node in (*group.inputs, *group.outputs):
         names[node] = unique(buffer_hint(node), names.values())
@@ -128,8 +134,9 @@ def lower_group(group: Group, cores: int) -> LoweredGroup:
     meaning = Meaning(rule_of, inside, names.__getitem__)
     dependence = Dependence(meaning)
     unit = meaning.axis("one", sympy.Integer(1))
+    starts: dict[fx.Node, tuple[Axis, ...]] = {}
     stored = [
-        _store_piece(piece, inside, meaning, {node: f"{names[node]}_out" for node in group.outputs})
+        _store_piece(piece, inside, meaning, {node: f"{names[node]}_out" for node in group.outputs}, starts)
         for output in group.outputs
         for piece in pieces_of(output, inside)
     ]
@@ -140,6 +147,7 @@ def lower_group(group: Group, cores: int) -> LoweredGroup:
         _build_part(batch, dependence, f"{names[batch[0].piece.output]}{i}", unit)
         for i, batch in enumerate(_share_parts(stored, dependence))
     )
+    _refuse_searched_twice(parts)
     if dependence.indirect_reductions():
         raise Unsupported("an index that is the result of a reduction in the same kernel")
     if len(parts) > MAX_PARTS:
@@ -148,18 +156,43 @@ def lower_group(group: Group, cores: int) -> LoweredGroup:
 
 
 def _store_piece(
-    piece: Piece, inside: frozenset[fx.Node], meaning: Meaning, buffers: dict[fx.Node, str]
+    piece: Piece,
+    inside: frozenset[fx.Node],
+    meaning: Meaning,
+    buffers: dict[fx.Node, str],
+    starts: dict[fx.Node, tuple[Axis, ...]],
 ) -> _Stored:
     """The store of one piece, over its anchor's axes if there is one, else over its own."""
     path = anchor_path(piece.node, inside)
     kind = kind_of(path[0]) if path else None
     anchor = kind if kind is not None else "row"
-    axes = meaning.axes(shape_of(path[0] if path else piece.node))
+    axes = _start_axes(piece.node, meaning, starts) if not path else meaning.axes(shape_of(path[0]))
     start: Index = tuple(axis.symbol for axis in axes)
     index = carry_forward(path, start, meaning.ranges) if path else start
     value = meaning.value(piece.node, index)
+    if not path and searches_products(value):
+        anchor = "choice"
     place = piece.place(index) if piece.past is None else slot_of(piece, index, meaning)
     return _Stored(piece, axes, Store(buffers[piece.output], place, value), anchor)
+
+
+def _start_axes(node: fx.Node, meaning: Meaning, starts: dict[fx.Node, tuple[Axis, ...]]) -> tuple[Axis, ...]:
+    """New axes for the elements of `node`; the results of one operation have the same, so that what they fold alike
+    is seen to be one thing."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), (tuple, list)):
+        return meaning.axes(shape_of(node))
+    shape = shape_of(node)
+    if source not in starts or tuple(axis.extent for axis in starts[source]) != shape:
+        starts[source] = meaning.axes(shape)
+    return starts[source]
+
+
+def _refuse_searched_twice(parts: Sequence[Part]) -> None:
+    """Products that are searched are not kept: who wants them too would have them made again."""
+    matmuls = [part for part in parts if isinstance(part, MatmulPart)]
+    if len(matmuls) > 1 and any(part.choices for part in matmuls):
+        raise Unsupported("the result of a matmul is searched beside another matmul")
 
 
 def _share_parts(stored: Sequence[_Stored], dependence: Dependence) -> list[list[_Stored]]:
@@ -176,6 +209,8 @@ def _share_parts(stored: Sequence[_Stored], dependence: Dependence) -> list[list
 
 
 def _can_share(first: _Stored, second: _Stored, dependence: Dependence) -> bool:
+    if first.anchor == second.anchor == "choice":
+        return first.axes == second.axes
     if first.anchor != "row" or second.anchor != "row" or first.piece.output is second.piece.output:
         return False
     if tuple(a.extent for a in first.axes) != tuple(a.extent for a in second.axes):
@@ -192,6 +227,8 @@ def _fold_positions(entry: _Stored, dependence: Dependence) -> frozenset[int]:
 
 def _over_axes(entry: _Stored, axes: tuple[Axis, ...], dependence: Dependence) -> _Stored:
     """The same store with its loop variables renamed to `axes`, which have the same extents."""
+    if entry.axes == axes:
+        return entry
     renaming: dict[sympy.Symbol, Expr] = {
         old.symbol: new.symbol for old, new in zip(entry.axes, axes, strict=True)
     }
@@ -217,6 +254,8 @@ def rename_axes(store: Store, renaming: Mapping[sympy.Symbol, Expr], dependence:
 
 def _build_part(batch: Sequence[_Stored], dependence: Dependence, name: str, unit: Axis) -> Part:
     axes, stores = batch[0].axes, [entry.store for entry in batch]
+    if batch[0].anchor == "choice":
+        return build_choice_part(axes, stores, dependence, name, unit)
     roots: list[Term] = [store.value for store in stores]
     for family, term in (("contract", Contract), ("attention", Attend)):
         if reductions(roots, term) and batch[0].anchor != family:

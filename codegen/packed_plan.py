@@ -204,7 +204,8 @@ def _rewrite(kernel: Kernel, packed: Mapping[str, str]) -> Kernel:
                 return replace(old, binds=binds(old.binds), stores=stores(old.stores))
             case MatmulPart():
                 row_binds, contracts = binds(old.row_binds), binds(old.contracts)
-                return replace(old, row_binds=row_binds, contracts=contracts, stores=stores(old.stores))
+                choices, written = binds(old.choices), stores(old.stores)
+                return replace(old, row_binds=row_binds, contracts=contracts, choices=choices, stores=written)
             case AttentionPart():
                 return replace(old, attend=binds((old.attend,))[0], stores=stores(old.stores))
 

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
-from torchweld.codegen.ir import Kernel, MatmulPart, Part, RowPart, part_axes, part_terms
+from torchweld.codegen.ir import Kernel, MatmulPart, Part, RowPart, part_terms, product_axes
 from torchweld.codegen.library_call import LibraryCall
 from torchweld.graph.index import evaluate
 from torchweld.graph.terms import Attend, Axis, Contract, Expr, Fold
@@ -183,6 +183,6 @@ def _part_work(part: Part) -> Work:
         return Work(extents(*part.grid), (extents(*part.inner), *folds), 0, 1)
     if isinstance(part, MatmulPart):
         depths = tuple(extents(term.k) for term in part_terms(part) if isinstance(term, Contract))
-        return Work(extents(*part_axes(part)), depths, 1, 8)
+        return Work(extents(*product_axes(part)), depths, 1, 8)
     attend = next(t for t in part_terms(part) if isinstance(t, Attend))
     return Work(extents(*part.batch, part.t, attend.s), (extents(part.feature),), 1, 8)

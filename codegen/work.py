@@ -21,6 +21,7 @@ from torchweld.codegen.ir import (
     RowPart,
     part_axes,
     part_terms,
+    product_axes,
 )
 from torchweld.graph.groups import Work
 from torchweld.graph.index import evaluate
@@ -56,14 +57,14 @@ def _extents(axes: tuple[Axis, ...]) -> Expr:
 
 def part_flops(part: Part, repeats: int) -> Expr:
     """Arithmetic operations of one part; `repeats` is how often the rows of a matmul's left operand are prepared."""
-    points = _extents(part_axes(part))
-    total = points * sum(pointwise_operations(store.value) for store in part.stores)
+    total = _extents(part_axes(part)) * sum(pointwise_operations(store.value) for store in part.stores)
     if isinstance(part, RowPart):
         rows = _extents(part.grid)
         for bind in part.binds:
             total += rows * _fold_operations(bind.term)
     elif isinstance(part, MatmulPart):
-        rows = _extents((*part.batch, *part.rows))
+        rows, points = _extents((*part.batch, *part.rows)), _extents(product_axes(part))
+        total += sum((rows * _fold_operations(choice.term) for choice in part.choices[:1]), sympy.Integer(0))
         total += (
             repeats * rows * sum((_fold_operations(bind.term) for bind in part.row_binds), sympy.Integer(0))
         )

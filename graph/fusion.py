@@ -58,7 +58,7 @@ def weigh(
     """The gain of a move in microseconds, or why it is refused."""
     for member in move:
         reason = groups.groups[member].eager
-        if reason is not None:
+        if reason is not None and not groups.is_joinable(member):
             return Refusal(f"runs eagerly: {reason}", groups.groups[member].nodes[0])
     node = groups.groups[move[-1]].nodes[-1]
     if not groups.is_acyclic_after(move):
@@ -72,7 +72,8 @@ def weigh(
     if measure is None:
         gain = sum(groups.cost(member) for member in move) - groups.price(whole.work)
     else:
-        gain = sum(measure(groups, groups.lowered[member]) for member in move) - measure(groups, whole)
+        known = [groups.lowered[member] for member in move if member in groups.lowered]
+        gain = sum(measure(groups, lowered) for lowered in known) - measure(groups, whole)
     return (
         gain
         if gain > 0

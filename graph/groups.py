@@ -145,7 +145,7 @@ def is_free(node: fx.Node) -> bool:
         data = node.args[0]
         return isinstance(data, fx.Node) and data.op == "get_attr"
     if isinstance(node.meta.get("val"), (tuple, list)):
-        return True
+        return rule.kind != "choice"  # its pieces alone have no kernel
     parent = node.args[0] if node.args else None
     if isinstance(parent, fx.Node) and isinstance(parent.meta.get("val"), (tuple, list)):
         return rule_of(parent) is not None and kind_of(node) == "view"
@@ -265,10 +265,17 @@ class GroupGraph:
         nodes = sorted((n for m in members for n in self.groups[m].nodes), key=self.order.__getitem__)
         return Group(-1, tuple(nodes))
 
+    def is_joinable(self, group: int) -> bool:
+        """Whether a group may get a kernel with others: all but those that terms have no word for."""
+        first = self.groups[group]
+        return first.eager is None or kind_of(first.nodes[0]) == "choice"
+
     def cost(self, group: int) -> float:
-        """Modelled microseconds of a group; an eager one is not priced."""
+        """Modelled microseconds of a group; of the eager ones those that may be joined are launches of their own."""
         lowered = self.lowered.get(group)
-        return 0.0 if lowered is None else self.price(lowered.work)
+        if lowered is None:
+            return self.launch_cost() if self.is_joinable(group) else 0.0
+        return self.price(lowered.work)
 
     def launch_cost(self) -> float:
         """Modelled microseconds of a kernel that does nothing."""

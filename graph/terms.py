@@ -122,11 +122,15 @@ class Fold(Term):
 
     max and min propagate NaN as torch does.  Floating sums are accumulated in `dtype` (float32 for 16-bit inputs).
     An empty sum is 0; an empty max is -inf.
+
+    rank (max and argmax only): not the greatest, but the entry of this number in descending order, 0 <= rank < number
+    of entries; NaN comes first, equals in the order of their places.
     """
 
     monoid: Monoid
     axes: tuple[Axis, ...]
     body: Term
+    rank: Expr | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,6 +256,8 @@ def index_exprs(term: Term) -> tuple[Expr, ...]:
             return term.index
         case Decode():
             return (*term.row, term.column)
+        case Fold():
+            return () if term.rank is None else (term.rank,)
         case Attend():
             return (term.t,)
         case _:
@@ -306,7 +312,8 @@ def rebuild(
         case Guard():
             return Guard(term.dtype, *new_children)
         case Fold():
-            return Fold(term.dtype, term.monoid, term.axes, *new_children)
+            rank = None if term.rank is None else index(term.rank)
+            return Fold(term.dtype, term.monoid, term.axes, new_children[0], rank)
         case Contract():
             return Contract(term.dtype, term.k, *new_children)
         case Attend():
@@ -370,7 +377,7 @@ def _own_fields(term: Term) -> tuple[object, ...]:
         case Op() | Ref():
             return (term.name,)
         case Fold():
-            return (term.monoid, term.axes)
+            return (term.monoid, term.axes, term.rank)
         case Contract():
             return (term.k,)
         case Attend():

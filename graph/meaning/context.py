@@ -21,9 +21,10 @@ from torchweld.graph.index import ONE, ZERO, FloorDiv, Mod, Ranges, linearize, r
 from torchweld.graph.terms import Axis, Const, Expr, IndexValue, Load, Term, axis_symbol, cast, const, op
 
 Index = tuple[Expr, ...]
-Kind = Literal["source", "view", "pointwise", "reduce", "contract", "attention"]
+Kind = Literal["source", "view", "pointwise", "reduce", "choice", "contract", "attention"]
 """source: made of indices only; view: only moves the index; pointwise: one element from few (gathers and
-concatenations too); reduce: rows folded; contract, attention: anchors, at most one kind of them in a kernel part."""
+concatenations too); reduce: rows folded; choice: the greatest entries of rows; contract, attention: anchors, at most
+one kind of them in a kernel part."""
 
 DTYPES = frozenset({
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.int8, torch.int16,

@@ -182,6 +182,21 @@ def _extreme_and_place(kind: str) -> Rule:
     return Rule("reduce", value)
 
 
+def _top_entries(meaning: Meaning, node: fx.Node, index: Index) -> Term:
+    """topk: two results; the last index entry says which, the one at `dim` is the rank."""
+    source = _operand(node)
+    shape = shape_of(source)
+    dim = normalize_dim(argument(node, 2, "dim", -1), len(shape))
+    if not shape or not argument(node, 3, "largest", True) or not argument(node, 4, "sorted", True):
+        raise Unsupported(f"{node.name}: top-k of a number, of the least, or in any order")
+    kept = (*index[:dim], *index[dim + 1 : -1])
+    inner, axes = _fold_index(meaning, source, (dim,), kept, False)
+    body = meaning.value(source, inner)
+    if index[-1] == ZERO:
+        return Fold(body.dtype, Monoid("max"), axes, body, index[dim])
+    return Fold(torch.int64, Monoid("argmax"), axes, body, index[dim])
+
+
 def _softmax_parts(meaning: Meaning, node: fx.Node, index: Index) -> tuple[Term, Term, Term]:
     """(x - max) at the index, and sum(exp(x - max)) over the dimension, and the max."""
     source = _operand(node)
@@ -304,6 +319,7 @@ REDUCTIONS: dict[object, Rule] = {
     aten.var.correction: Rule("reduce", _variance), aten.var.dim: Rule("reduce", _variance),
     aten.std.correction: Rule("reduce", _variance), aten.std.dim: Rule("reduce", _variance),
     aten.argmax.default: _arg("argmax"), aten.argmin.default: _arg("argmin"),
+    aten.topk.default: Rule("choice", _top_entries),
     aten.max.dim: _extreme_and_place("max"), aten.min.dim: _extreme_and_place("min"),
     aten.any.default: _any_or_all("any"), aten.any.dim: _any_or_all("any"), aten.any.dims: _any_or_all("any"),
     aten.all.default: _any_or_all("all"), aten.all.dim: _any_or_all("all"), aten.all.dims: _any_or_all("all"),
