@@ -120,7 +120,7 @@ def print_unit(kernels: Sequence[Kernel], precision: Precision = "f32") -> Print
 def prelude() -> str:
     """The C++ that every unit starts with: scalars, folds, vectors, stored formats, inner products, attention."""
     folder = Path(__file__).parent / "runtime"
-    packed = ("packed.h", "packed_matmul.h", "packed_bf16.h", "packed_int8.h")
+    packed = ("packed.h", "packed_matmul.h", "packed_bf16.h", "packed_int8.h", "packed_whole.h")
     attention = ("attention.h", "attention_bf16.h")
     names = ("scalar.h", "fold.h", "best.h", "vectors.h", "formats.h", "matmul.h", *packed, *attention)
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)

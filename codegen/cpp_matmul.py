@@ -21,14 +21,15 @@ from torchweld.codegen.cpp_best import BestPrinter
 from torchweld.codegen.cpp_names import HALVES, PrintError, converted, unwrapped, value_type
 from torchweld.codegen.cpp_operand import StoredRow, padded, runs_along, stored_row
 from torchweld.codegen.cpp_packed import (
-    FEW_ROWS,
     Copies,
     Precision,
     allocate_copies,
+    copies_replace_rows,
     copy_lines,
     make_copies,
     narrow_rows,
     product_lines,
+    product_text,
 )
 from torchweld.codegen.cpp_segments import piece_length
 from torchweld.codegen.cpp_terms import Emitter
@@ -52,6 +53,7 @@ class _Product:
     panel: _Panel
     stored: StoredRow | None
     name: str
+    scales: str  # of the columns of a block, for weights that have one per row
 
 
 @dataclass(frozen=True)
@@ -119,20 +121,21 @@ class _MatmulPrinter:
                 )
             key = (id(contract.a), contract.k.name)
             if key not in panels:
-                panels[key] = self._panel(contract, [row for row in rows.values() if row is not None])
+                panels[key] = self._panel(contract, list(rows.values()))
             row = rows[bind.name]
-            name = self.names.namer.fresh(f"{bind.name}_sums")
-            products.append(_Product(bind, contract, panels[key], row, name))
+            fresh = self.names.namer.fresh
+            name, scales = fresh(f"{bind.name}_sums"), fresh(f"{bind.name}_column_scales")
+            products.append(_Product(bind, contract, panels[key], row, name, scales))
         return products
 
-    def _panel(self, contract: Contract, rows: Sequence[StoredRow]) -> _Panel:
+    def _panel(self, contract: Contract, rows: Sequence[StoredRow | None]) -> _Panel:
         self.emitter.axis(contract.k)
-        packed = any(row.packed for row in rows)
+        packed = any(row is not None and row.packed for row in rows)
         width = padded(contract.k.extent, self.real, 128 if packed else 64)  # packed weights: in steps of 32
         fresh = self.names.namer.fresh
-        sums = fresh("a_sums") if any(row.packed and row.has_offset for row in rows) else None
-        packed = len(rows) == len(self.part.contracts) and all(row.packed for row in rows)
-        copies = make_copies(fresh, self.precision) if packed and self.precision != "f32" else None
+        offset = any(row is not None and row.packed and row.has_offset for row in rows)
+        sums = fresh("a_sums") if offset else None
+        copies = make_copies(fresh, self.precision, rows)
         return _Panel(contract.a, contract.k, fresh("a_rows"), fresh("a_stride"), width, sums, copies)
 
     def _block_rows(self) -> int:
@@ -172,21 +175,17 @@ class _MatmulPrinter:
 
     def _sizes(self) -> None:
         emitter, part = self.emitter, self.part
+        stored = [product.stored for product in self.products]
         self.lines += [
             f"const int64_t batch = {emitter.extents(part.batch)};",
             f"const int64_t rows = {emitter.extents(part.rows)};",
             f"const int64_t columns = {unwrapped(emitter.index(part.n.extent))};",
-            *([f"const bool narrow = {self._narrow()};"] if self.is_narrow else []),
+            *([f"const bool narrow = {copies_replace_rows(stored)};"] if self.is_narrow else []),
             f"const int64_t row_blocks = tw_blocks(rows, {self._rows_per_unit()});",
             "const int64_t block_rows = row_blocks ? tw_blocks(tw_blocks(rows, row_blocks), 4) * 4 : 4;",
             f"const int64_t block_columns = {self._columns_per_unit()};",
             "const int64_t column_blocks = tw_blocks(columns, block_columns);",
         ]
-
-    def _narrow(self) -> str:
-        """When the rows are rounded to bfloat16: for weights without codes a tile of AMX is as fast for one row."""
-        plain = all(p.stored is not None and not p.stored.has_codes for p in self.products)
-        return f"tw_has_bf16 && (rows > {FEW_ROWS}{' || tw_has_tiles' if plain else ''})"
 
     def _rows_per_unit(self) -> str:
         return f"narrow ? {self.most_rows} : {self.block_rows}" if self.is_narrow else str(self.block_rows)
@@ -226,7 +225,9 @@ class _MatmulPrinter:
                 self.real.itemsize,
                 sympy.Integer(self.most_rows * self.block_columns),
             )
-        if self.is_narrow:
+            if product.stored is not None and product.stored.is_whole:
+                self._allocate(product.scales, "float", 4, sympy.Integer(self.block_columns))
+        if any(product.panel.copies is not None and product.panel.copies.half for product in self.products):
             widest = max(int(product.panel.width) for product in self.products)
             room = sympy.Integer(widest // 32 * self.block_columns // GROUP * 1024)
             self._allocate("unpacked", "uint8_t", 1, room)
@@ -345,7 +346,8 @@ class _MatmulPrinter:
         base = stored.first_group(self._scope(()), self.part.n, "first_column")
         sums = panel.sums if stored.has_offset else panel.name  # not read where there is no offset
         a = (panel.name, panel.stride, str(sums))
-        return product_lines(stored, base, a, panel.copies, product.name, self.block_columns, "unpacked")
+        out, width = product.name, self.block_columns
+        return product_lines(stored, base, a, panel.copies, out, width, "unpacked", product.scales)
 
     def _fill_columns(self, emitter: Emitter, product: _Product) -> None:
         """Write the columns of the block out as rows of numbers along k."""
@@ -383,7 +385,8 @@ class _MatmulPrinter:
         emitter.push((part.n.name, *(f"ref:{p.bind.name}" for p in self.products)))
         n = emitter.axis(part.n)
         for product in self.products:
-            text = f"{product.name}[r * {self.block_columns} + j]"
+            copies, width = product.panel.copies, self.block_columns
+            text = product_text(product.stored, copies, product.name, width, product.scales)
             if product.contract.dtype in HALVES:
                 text = f"tw_round_{HALVES[product.contract.dtype]}({text})"
             self._reload(emitter, product.bind.name, text, product.contract.dtype)

@@ -11,12 +11,13 @@ import torch
 from torchweld.codegen.cpp_names import PrintError
 from torchweld.codegen.cpp_terms import Emitter
 from torchweld.codegen.ir import Kernel
-from torchweld.codegen.packing import GROUP, LAYOUT, columns_of
+from torchweld.codegen.packing import GROUP, LAYOUT, WHOLE, columns_of
 from torchweld.graph.index import FloorDiv, linearize
 from torchweld.graph.terms import Axis, Decode, Expr, Load, Op, Term, walk
 
 STORED_FORMATS: Final = frozenset({
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
+    WHOLE,
 })  # fmt: skip
 _DENSE: Final = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -40,8 +41,13 @@ class StoredRow:
 
     @property
     def has_codes(self) -> bool:
-        """Whether the weight is stored as small whole numbers with scales."""
-        return self.format.removeprefix(LAYOUT) not in ("F32", "F16", "BF16")
+        """Whether the weight is stored as small whole numbers with scales per block."""
+        return self.format.removeprefix(LAYOUT) not in ("F32", "F16", "BF16", WHOLE)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the weight is packed in int8 with one scale per row."""
+        return self.format == LAYOUT + WHOLE
 
     def first_group(self, emitter: Emitter, n: Axis, first: str) -> str:
         """Of a packed weight: the C++ expression of its first group, where `n` starts at `first`, a multiple of 16."""

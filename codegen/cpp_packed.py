@@ -1,14 +1,15 @@
 """Products with packed weights in a MatmulPart: copies of the A rows in bfloat16 and int8, and which kernel runs.
 
-    precision   1 to 16 rows                  more rows
-    f32         float                         float
-    bf16        float                         bfloat16 where the CPU multiplies it, else float
-    int8        int8 in blocks of 32          bfloat16 where the CPU multiplies it, else int8
+    precision   weights       1 to 16 rows              more rows
+    f32         any           float                     float
+    bf16        stored        float                     bfloat16 where the CPU multiplies it, else float
+    bf16        plain: bf16   bfloat16 where the CPU has AMX tiles, else as above
+    int8        stored        int8 in blocks of 32      bfloat16 where the CPU multiplies it, else int8
+    int8        plain: int8   int8, one scale per row of activations and of weights (runtime/packed_whole.h)
 
-Weights that are plain numbers in the model are kept in bfloat16 for the last two. They have no int8 kernel, and where
-the CPU has AMX they meet bfloat16 whatever the number of rows: the tile reads them as they are packed, 16 rows in the
-time of one. Up to 16 rows a row has the same bits whatever their number, and so it
-has beyond 16.
+Plain weights are numbers in the model. In bfloat16 AMX reads them as they are packed, 16 rows in the time of one. In
+int8 sums of integers are exact: any CPU and any number of rows give the same bits. Otherwise a row has the same bits
+whatever their number up to 16 rows, and beyond 16.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
+
+import sympy
 
 from torchweld.codegen.cpp_operand import StoredRow
 from torchweld.graph.terms import Expr
@@ -30,19 +33,48 @@ _MOST_NARROW_ROWS: Final = 256
 
 @dataclass(frozen=True)
 class Copies:
-    """Names of the copies of a panel: bfloat16 rows; where int8 is wished, what packed_int8.h makes of a row."""
+    """Names of the copies of a panel, each only where some product reads it.
 
-    half: str
+    half: bfloat16 rows.  codes: what packed_int8.h makes of a row.  whole: what packed_whole.h makes of one.
+    """
+
+    half: str | None
     codes: str | None
+    whole: str | None
     scales: str
     offsets: str
     sums: str
+    whole_scales: str
+    whole_sums: str
 
 
-def make_copies(fresh: Callable[[str], str], precision: Precision) -> Copies:
-    """Names for a panel."""
-    codes = fresh("a_codes") if precision == "int8" else None
-    return Copies(fresh("a_half"), codes, fresh("a_scales"), fresh("a_offsets"), fresh("a_code_sums"))
+def make_copies(
+    fresh: Callable[[str], str], precision: Precision, rows: Sequence[StoredRow | None]
+) -> Copies | None:
+    """Names for a panel that meets the weights `rows` (None: one that is computed); None if it needs no copies."""
+    whole = [row for row in rows if row is not None and row.is_whole]
+    packed = all(row is not None and row.packed for row in rows) and precision != "f32"
+    if not whole and not packed:
+        return None
+    blocks = packed and len(whole) < len(rows)
+    return Copies(
+        fresh("a_half") if blocks else None, fresh("a_codes") if blocks and precision == "int8" else None,
+        fresh("a_whole") if whole else None, fresh("a_scales"), fresh("a_offsets"), fresh("a_code_sums"),
+        fresh("a_whole_scales"), fresh("a_whole_sums"),
+    )  # fmt: skip
+
+
+def copies_replace_rows(rows: Sequence[StoredRow | None]) -> str:
+    """The C++ condition under which products read the copies only, so that the panel itself is one row long.
+
+    Else, and for weights without codes where a tile of AMX is as fast for one row, rows are rounded to bfloat16.
+    """
+    if not all(row is not None and row.packed for row in rows):
+        return "false"
+    if all(row is not None and row.is_whole for row in rows):
+        return "true"
+    plain = not any(row is not None and row.has_codes for row in rows)
+    return f"tw_has_bf16 && (rows > {FEW_ROWS}{' || tw_has_tiles' if plain else ''})"
 
 
 def narrow_rows(width: int) -> int:
@@ -53,8 +85,14 @@ def narrow_rows(width: int) -> int:
 def allocate_copies(
     allocate: Callable[[str, str, int, Expr], None], copies: Copies, width: Expr, rows: int, few: int
 ) -> None:
-    """Room for the copies: `rows` rows in bfloat16, `few` rows in int8, in whole tiles of 16."""
-    allocate(copies.half, "uint16_t", 2, width * rows)
+    """Room for the copies: `rows` rows (whole tiles of 32) in bfloat16 and whole int8, `few` in blocks of int8."""
+    rows = -(-rows // 32) * 32
+    if copies.half is not None:
+        allocate(copies.half, "uint16_t", 2, width * rows)
+    if copies.whole is not None:
+        allocate(copies.whole, "int8_t", 1, (width + 32) * rows)
+        allocate(copies.whole_scales, "float", 4, sympy.Integer(rows))
+        allocate(copies.whole_sums, "int32_t", 4, sympy.Integer(rows))
     if copies.codes is not None:
         few = -(-few // 16) * 16
         allocate(copies.codes, "int8_t", 1, width * few)
@@ -65,13 +103,28 @@ def allocate_copies(
 
 def copy_lines(copies: Copies, row: str, stride: str) -> list[str]:
     """Statements behind the filling of a row at `row`: its copies."""
-    lines = [f"if (narrow) tw_round_row({row}, {stride}, r, {copies.half});"]
+    lines = []
+    if copies.whole is not None:
+        place = f"{copies.whole}, {copies.whole_scales}, {copies.whole_sums}"
+        lines.append(f"tw_quantize_whole({row}, {stride}, r, {place});")
+    if copies.half is not None:
+        lines.append(f"if (narrow) tw_round_row({row}, {stride}, r, {copies.half});")
     if copies.codes is not None:
         lines += [
             f"else if (tw_has_int8) tw_quantize_row({row}, {stride}, r, {copies.codes}, {copies.scales},",
             f"    {copies.offsets}, {copies.sums});",
         ]
     return lines
+
+
+def product_text(
+    stored: StoredRow | None, copies: Copies | None, out: str, out_stride: int, scales: str
+) -> str:
+    """The C++ value of the product of row r and column j of a block; `scales`: as in `product_lines`."""
+    at = f"r * {out_stride} + j"
+    if copies is None or stored is None or not stored.is_whole:
+        return f"{out}[{at}]"
+    return f"tw_whole_product({out}, {at}, {copies.whole_scales}[r], {scales}[j])"
 
 
 def product_lines(
@@ -82,15 +135,24 @@ def product_lines(
     out: str,
     out_stride: int,
     room: str,
+    scales: str,
 ) -> list[str]:
-    """The product of the rows of a block with the columns of a block; `a` are the rows, their stride and their sums."""
+    """The product of the rows of a block with the columns of a block; `a` are the rows, their stride and their sums.
+
+    room: for unpacked weights.  scales: where those of the columns go, of weights that have one per row.
+    """
     panel, stride, sums = a
     rows, steps = "block_end - first_row", f"{stride} / 32"
+    if copies is not None and stored.is_whole:
+        return [
+            f"tw_packed_whole({copies.whole}, {rows}, {copies.whole_sums}, {base}, width, {steps},",
+            f"    {out}, {out_stride}, {scales});",
+        ]
     plain = [
         f"tw_packed_matmul<tw_{stored.format}>({panel}, {stride}, {rows}, {sums},",
         f"    {base}, width, {steps}, {out}, {out_stride});",
     ]
-    if copies is None:
+    if copies is None or copies.half is None:
         return plain
     lines = [
         "if (narrow) {",

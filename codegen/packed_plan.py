@@ -2,8 +2,8 @@
 
 A constant is packed if a matmul walks along its rows, whole groups of 16 of them, and nobody wants its stored bytes:
 no eager step, no output, no kernel that loads from it as from plain numbers. Kernels that look up single rows read
-the packed layout too. Weights that are plain numbers are packed, in bfloat16, where the precision allows it. The plan,
-its dumps and the other printers keep the stored layout: packing is a property of the CPU executable.
+the packed layout too. Weights that are plain numbers are packed as they are, in bfloat16, or in int8 with one scale
+per row, as the precision says. The plan, its dumps and the other printers keep the stored layout: packing is a property of the CPU executable.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from torchweld.codegen.ir import (
     Store,
     part_binds,
 )
-from torchweld.codegen.packing import GROUP, LAYOUT, STORED, Packing, columns_of, shared_packer
+from torchweld.codegen.packing import (
+    GROUP,
+    LAYOUT,
+    STORED,
+    WHOLE,
+    WHOLE_MOST_COLUMNS,
+    Packing,
+    columns_of,
+    shared_packer,
+)
 from torchweld.codegen.plan import EagerStep, Launch, Plan
 from torchweld.codegen.release_pages import release_file_pages
 from torchweld.graph.formats import get_format
@@ -73,6 +82,8 @@ def _packed_format(buffer: Buffer, tensor: Tensor, use: bool | None, precision: 
         return buffer.format if buffer.format in STORED and tensor.dtype == torch.uint8 else None
     if not use or tensor.dtype not in _NUMBERS:
         return None
+    if precision == "int8" and tensor.shape[1] <= WHOLE_MOST_COLUMNS:
+        return WHOLE
     return _NUMBERS[tensor.dtype] if precision == "f32" else "BF16"
 
 
@@ -220,7 +231,7 @@ def _packed_buffer(buffer: Buffer, format_: str | None) -> Buffer:
         return buffer
     rows, width = buffer.shape
     if buffer.format is None:
-        width = width * get_format(format_).block_bytes
+        width = width * (1 if format_ == WHOLE else get_format(format_).block_bytes)
     return replace(buffer, dtype=torch.uint8, shape=(rows, width), format=LAYOUT + format_)
 
 

@@ -24,12 +24,16 @@ from torchweld.codegen.cache import Cache
 from torchweld.codegen.toolchain import compile_shared, load
 from torchweld.graph.formats import get_format
 
-STORED: Final = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+STORED: Final = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "I8")
 """The formats that can be packed; runtime/pack.cpp knows them by their position."""
+WHOLE: Final = "I8"
+"""Plain numbers packed in int8 with one scale per row; no file stores this (runtime/packed_whole.h)."""
+WHOLE_MOST_COLUMNS: Final = 1 << 17
+"""A sum of so many products of int8 fits 32 bits."""
 LAYOUT: Final = "R16_"
 """What stands before the name of a stored format where its weight is packed."""
 GROUP: Final = 16
-_DENSE: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DENSE: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, WHOLE: torch.float32}
 _HUGE_PAGE: Final = 2 << 20
 _LINE: Final = 64
 _PIECE: Final = 1 << 20  # bytes of a weight that a thread packs at a time
@@ -37,6 +41,8 @@ _PIECE: Final = 1 << 20  # bytes of a weight that a thread packs at a time
 
 def columns_of(format_: str, row_bytes: int) -> int:
     """Values of a row of `row_bytes` stored bytes; the name may be that of a packed format."""
+    if format_.removeprefix(LAYOUT) == WHOLE:
+        return row_bytes
     stored = get_format(format_.removeprefix(LAYOUT))
     return row_bytes // stored.block_bytes * stored.block
 
@@ -55,14 +61,15 @@ class Packing:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row in the stored format."""
+        """Bytes of one row as it is handed to the packer."""
         width = self.tensor.shape[1]
-        return width if self.tensor.dtype == torch.uint8 else width * get_format(self.format).block_bytes
+        return width if self.tensor.dtype == torch.uint8 else width * _DENSE[self.format].itemsize
 
     @property
     def columns(self) -> int:
         """Values of one row."""
-        return columns_of(self.format, self.row_bytes)
+        stored = self.tensor.dtype == torch.uint8
+        return columns_of(self.format, self.row_bytes) if stored else self.tensor.shape[1]
 
 
 @dataclass(frozen=True)

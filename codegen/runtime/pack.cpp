@@ -10,8 +10,8 @@ namespace {
 
 int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-enum Kind { INT8, NIBBLES, FIVE, SIX, WORDS, HALVES, PAIRS };
-enum Scales { LEGACY, LEGACY_OFFSET, SUPER, SUPER_SIX, NONE };
+enum Kind { INT8, NIBBLES, FIVE, SIX, WORDS, HALVES, PAIRS, WHOLE };
+enum Scales { LEGACY, LEGACY_OFFSET, SUPER, SUPER_SIX, ROW, NONE };
 
 struct Format { Kind kind; Scales scales; int stored_block, stored_bytes; };
 
@@ -28,11 +28,13 @@ const Format formats[] = {
     {NIBBLES, SUPER, 256, 144},      // Q4_K
     {FIVE, SUPER, 256, 176},         // Q5_K
     {SIX, SUPER_SIX, 256, 210},      // Q6_K
+    {WHOLE, ROW, 1, 4},              // I8, of floats
 };
 
 int64_t code_bytes(const Format& f) {
     switch (f.kind) {
-        case INT8: return 512;
+        case INT8:
+        case WHOLE: return 512;
         case NIBBLES: return 256;
         case FIVE: return 320;
         case SIX: return 384;
@@ -47,6 +49,7 @@ int64_t scale_bytes(const Format& f, int64_t steps) {
         case LEGACY_OFFSET: return steps * 64;
         case SUPER: return steps / 8 * 320;
         case SUPER_SIX: return steps / 8 * 288;
+        case ROW: return 64;
         default: return 0;
     }
 }
@@ -130,7 +133,34 @@ void put_scales(const Format& f, const uint8_t* p, int lane, int64_t at, uint8_t
     }
 }
 
+// Whole tiles of 64 columns where a row has one scale.
+int64_t bytes_of_group(const Format& f, int64_t steps) {
+    return lines(scale_bytes(f, steps)) + (f.kind == WHOLE ? (steps + 1) / 2 * 2 : steps) * code_bytes(f);
+}
+
+// A row of floats in int8: scale = greatest / 127, each number to nearest. A row with a NaN has a scale that is one.
+void pack_whole(const uint8_t* row, int64_t k, int lane, uint8_t* scales, uint8_t* codes) {
+    float greatest = 0, x, whole;
+    for (int64_t c = 0; c < k; ++c) {
+        memcpy(&x, row + 4 * c, 4);
+        x = x < 0 ? -x : x;
+        if (!(x <= greatest) && greatest == greatest) greatest = x;
+    }
+    const float scale = greatest / 127;
+    memcpy(scales + 4 * lane, &scale, 4);
+    if (!(scale > 0 && scale < 1e38f)) return;
+    for (int64_t c = 0; c < k; ++c) {
+        memcpy(&x, row + 4 * c, 4);
+        whole = x / scale + 12582912.0f;  // 1.5 * 2^23: the whole number stands in the low byte
+        memcpy(codes + c / 4 * 64 + 4 * lane + c % 4, &whole, 1);
+    }
+}
+
 void pack_row(const Format& f, const uint8_t* row, int64_t k, int lane, uint8_t* scales, uint8_t* codes) {
+    if (f.kind == WHOLE) {
+        pack_whole(row, k, lane, scales, codes);
+        return;
+    }
     if (f.kind == PAIRS) {
         for (int64_t c = 0; c < k; ++c) memcpy(codes + (c / 2 * 16 + lane) * 4 + c % 2 * 2, row + c * 2, 2);
         return;
@@ -161,7 +191,7 @@ extern "C" {
 int64_t tw_packed_bytes(int32_t format, int64_t rows, int64_t k) {
     const Format& f = formats[format];
     const int64_t steps = (k + 31) / 32;
-    return (rows + 15) / 16 * (lines(scale_bytes(f, steps)) + steps * code_bytes(f));
+    return (rows + 15) / 16 * bytes_of_group(f, steps);
 }
 
 // Groups first to last - 1 of the weight [rows, k] at `from`, rows of `row_bytes`, into zeroed memory at `to`.
@@ -169,7 +199,7 @@ void tw_pack(int32_t format, const uint8_t* from, int64_t rows, int64_t k, int64
              int64_t last) {
     const Format& f = formats[format];
     const int64_t steps = (k + 31) / 32, scales = lines(scale_bytes(f, steps));
-    const int64_t group_bytes = scales + steps * code_bytes(f);
+    const int64_t group_bytes = bytes_of_group(f, steps);
     for (int64_t group = first; group < last; ++group)
         for (int lane = 0; lane < 16 && 16 * group + lane < rows; ++lane) {
             uint8_t* const own = to + group * group_bytes;
