@@ -3,7 +3,8 @@
 A constant is packed if a matmul walks along its rows, whole groups of 16 of them, and nobody wants its stored bytes:
 no eager step, no output, no kernel that loads from it as from plain numbers. Kernels that look up single rows read
 the packed layout too. Weights that are plain numbers are packed as they are, in bfloat16, or in int8 with one scale
-per row, as the precision says. The plan, its dumps and the other printers keep the stored layout: packing is a property of the CPU executable.
+per row, as the precision says. The plan, its dumps and the other printers keep the stored layout: packing is a
+property of the CPU executable.
 """
 
 from __future__ import annotations

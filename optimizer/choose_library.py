@@ -25,9 +25,9 @@ from torch import Tensor
 from torchweld.codegen.cache import Cache, JsonValue, make_key
 from torchweld.codegen.cpp import print_unit
 from torchweld.codegen.executable import Executable
+from torchweld.codegen.instructions import chosen_path, cpu_features
 from torchweld.codegen.library_runs import MOST_OWN_ROWS, bucket_of
 from torchweld.codegen.plan import Launch
-from torchweld.codegen.toolchain import cpu_features
 from torchweld.optimizer.compile import Compiled
 from torchweld.optimizer.gate import measure
 from torchweld.optimizer.ledger import LibraryRecord, Phase
@@ -229,7 +229,7 @@ def _key(executable: Executable, candidate: _Candidate) -> str:
     """What a verdict depends on."""
     kernel = replace(candidate.launch.kernel, name="kernel", sources=(), ops=())
     printed = print_unit([executable.packed_kernel(candidate.launch, kernel)], executable.precision)
-    machine = (platform.machine(), platform.processor(), *sorted(cpu_features()), torch.__version__)
+    machine = (platform.machine(), chosen_path(), *sorted(cpu_features()), torch.__version__)
     how = (str(executable.threads), str(torch.get_num_threads()), executable.precision)
     form = repr(executable.plan.library[candidate.name])
     return make_key("library verdict", *machine, *how, form, printed.source, str(bucket_of(candidate.rows)))
