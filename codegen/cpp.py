@@ -15,7 +15,8 @@ from typing import Final
 
 import sympy
 
-from torchweld.codegen.cpp_attention import SharedRoom, print_attention_part
+from torchweld.codegen.cpp_attention import print_attention_part
+from torchweld.codegen.cpp_attention_room import SharedRoom
 from torchweld.codegen.cpp_best import ListRoom
 from torchweld.codegen.cpp_fingerprint import fingerprint, merge_equal_terms
 from torchweld.codegen.cpp_matmul import print_matmul_part
@@ -121,7 +122,7 @@ def prelude() -> str:
     """The C++ that every unit starts with: scalars, folds, vectors, stored formats, inner products, attention."""
     folder = Path(__file__).parent / "runtime"
     packed = ("packed.h", "packed_matmul.h", "packed_bf16.h", "packed_int8.h", "packed_whole.h")
-    attention = ("attention.h", "attention_bf16.h")
+    attention = ("attention_scores.h", "attention.h", "attention_bf16.h")
     names = ("scalar.h", "fold.h", "best.h", "vectors.h", "formats.h", "matmul.h", *packed, *attention)
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 

@@ -11,42 +11,16 @@ found through their slots; where rows of a tree see different keys, they go thro
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
-
 import sympy
 import torch
 
-from torchweld.codegen.cpp_attention_keys import AttentionKeys
+from torchweld.codegen.cpp_attention_room import KEYS, SPLIT, AttentionRoom, SharedRoom
 from torchweld.codegen.cpp_names import converted, literal, unwrapped, value_type
-from torchweld.codegen.cpp_operand import padded
-from torchweld.codegen.cpp_packed import FEW_ROWS, Precision
+from torchweld.codegen.cpp_packed import Precision
 from torchweld.codegen.cpp_text import KernelNames, indented
 from torchweld.codegen.ir import AttentionPart, Kernel
 from torchweld.graph.index import FloorDiv
 from torchweld.graph.terms import Axis, Expr
-
-_KEYS, _SPLIT, _PASS = 64, 128, 64  # tw_keys, tw_split, tw_pass
-_MOST_UNITS: Final = 128  # tw_most_units
-
-
-@dataclass(frozen=True)
-class SharedRoom:
-    """Memory that all threads see, needed where tiles are fewer than twice the threads.
-
-    It begins with 8 KiB of counters, which are zero at first and after every run; then come the results of the splits
-    of every tile.  units: the number of tiles.  unit_bytes: the room for the results of one.
-    """
-
-    units: Expr
-    unit_bytes: Expr
-
-    def nbytes(self, value: Callable[[Expr], int], threads: int) -> int:
-        """Bytes for the sizes that `value` knows; 0 where every thread has tiles of its own."""
-        units = value(self.units)
-        few = 0 < units <= _MOST_UNITS and units < 2 * threads
-        return 64 * _MOST_UNITS + units * value(self.unit_bytes) if few and threads > 1 else 0
 
 
 def print_attention_part(
@@ -60,77 +34,8 @@ def print_attention_part(
     return _AttentionPrinter(kernel, names, part, place, precision).print()
 
 
-class _AttentionPrinter(AttentionKeys):
+class _AttentionPrinter(AttentionRoom):
     """Loops over tiles, splits and blocks."""
-
-    def __init__(
-        self, kernel: Kernel, names: KernelNames, part: AttentionPart, place: int, precision: Precision
-    ) -> None:
-        super().__init__(kernel, names, part, place)
-        depth, features = self.attend.d.extent, part.feature.extent
-        whole = depth.is_Integer and features.is_Integer and depth % 32 == 0 and features % 16 == 0
-        stored = self.keys_stored is None or self.keys_stored.format in ("F32", "F16", "BF16")
-        self.paired = bool(precision != "f32" and self.real == torch.float32 and whole and stored)
-
-    # -- memory ---------------------------------------------------------------------------------------------------
-
-    def _allocate(self, name: str, count: Expr) -> None:
-        self._allocate_as(self.kind, self.real.itemsize, name, count)
-
-    def _allocate_as(self, kind: str, itemsize: int, name: str, count: Expr) -> None:
-        self.lines.append(f"{kind}* const {name} = ({kind}*)(scratch + {self._text(self.scratch)});")
-        self.scratch = sympy.expand(self.scratch + padded(count * itemsize, torch.uint8))
-
-    def _room_for_pairs(self) -> None:
-        """Copies in bfloat16, of rows in whole tiles of 32."""
-        depth, features, rows = self.attend.d.extent, self.part.feature.extent, self._whole_rows()
-        self._allocate_as("uint16_t", 2, "q_half", depth * rows)
-        self._allocate_as("uint16_t", 2, "weights_half", sympy.Integer(_KEYS * rows))
-        self._allocate_as("uint8_t", 1, "key_pairs", depth * 2 * _KEYS)
-        self._allocate_as("uint8_t", 1, "value_pairs", features * 2 * _KEYS)
-        self._allocate("mixed", features * rows)
-        self._allocate("half_scores", sympy.Integer(_KEYS * rows))
-        queries = self._text(self.part.t.extent)
-        self.lines.append(f"const bool half = tw_has_paired_attention() && {queries} > {FEW_ROWS};")
-
-    def _whole_rows(self) -> int:
-        return -(-self.rows // 32) * 32
-
-    def _room(self) -> None:
-        depth, width = padded(self.attend.d.extent, self.real), padded(self.part.feature.extent, self.real)
-        self.lines.append(f"const int64_t d_stride = {self._text(depth)};")
-        self.lines.append(f"const int64_t f_stride = {self._text(width)};")
-        self._allocate("q_rows", depth * self.rows)
-        self._allocate("scores", sympy.Integer(self._whole_rows() * _KEYS))
-        self._allocate("turned", sympy.Integer(_PASS * _KEYS))
-        self._allocate("joined", width * self.rows)
-        self._allocate("outputs", width * self.rows)
-        if self.keys_stored is None:
-            self._allocate("k_rows", depth * _KEYS)
-        if self.values_stored is None:
-            self._allocate("v_rows", width * _KEYS)
-        if self.paired:
-            self._room_for_pairs()
-
-    def _most_splits(self) -> Expr:
-        """Splits that the rows of a tile see at most: they see no more than all keys, and start in different places."""
-        return FloorDiv(self.attend.s.extent + self.attend.t_extent, sympy.Integer(_SPLIT)) + 2
-
-    def _units(self) -> Expr:
-        tiles = FloorDiv(self.part.t.extent + self.queries - 1, sympy.Integer(self.queries))
-        for axis in self.part.batch[:-1]:
-            tiles = tiles * axis.extent
-        return (
-            tiles * FloorDiv(self.part.batch[-1].extent, sympy.Integer(self.share))
-            if self.part.batch
-            else tiles
-        )
-
-    def _shared(self) -> SharedRoom:
-        state = padded(self.part.feature.extent, self.real) * self.real.itemsize + 64
-        return SharedRoom(self._units(), state * self.rows * self._most_splits())
-
-    # -- the part -------------------------------------------------------------------------------------------------
 
     def print(self) -> tuple[list[str], Expr, SharedRoom]:
         """The whole part."""
@@ -143,7 +48,6 @@ class _AttentionPrinter(AttentionKeys):
             "const bool spread = threads > 1 && units < 2 * threads && units <= tw_most_units;",
             f"const tw_splits<{self.kind}> splits = {{spread ? buffers[{self.place}] : nullptr, {self.rows},"
             f" {self._text(self._most_splits())}, f_stride}};",
-            "int64_t task = 0;",
             "for (int64_t unit = spread ? 0 : thread; unit < units; unit += spread ? 1 : threads) {",
             *indented(self._tile()),
             "}",
@@ -171,11 +75,15 @@ class _AttentionPrinter(AttentionKeys):
             *self._past(),
             f"int64_t visible_from[{self.rows}], visible_to[{self.rows}], first_key = -1, last_key = 0;",
             *self._visibility(),
-            f"const int64_t first_split = tw_most<int64_t>(first_key, 0) / {_SPLIT};",
-            f"const int64_t end_split = tw_most(tw_blocks(last_key, {_SPLIT}), first_split + 1);",
+            f"const int64_t first_split = tw_most<int64_t>(first_key, 0) / {SPLIT};",
+            f"const int64_t end_split = tw_most(tw_blocks(last_key, {SPLIT}), first_split + 1);",
+            "// The splits of this thread lie beside each other; who gets the odd one changes from unit to unit.",
+            "const int64_t sharers = spread ? threads : 1, turn = spread ? (thread + unit) % threads : 0;",
+            "const int64_t own_split = first_split + (end_split - first_split) * turn / sharers;",
+            "const int64_t other_split = first_split + (end_split - first_split) * (turn + 1) / sharers;",
             f"{kind} greatest[2][{self.rows}], total[2][{self.rows}];",
             "bool filled = false;",
-            "for (int64_t split = first_split; split < end_split; ++split) {",
+            "for (int64_t split = own_split; split < other_split; ++split) {",
             *indented(self._split()),
             "}",
         ]
@@ -185,33 +93,33 @@ class _AttentionPrinter(AttentionKeys):
     def _split(self) -> list[str]:
         least = literal(float("-inf"), self.real)
         return [
-            "if (spread && task++ % threads != thread) continue;",
             "if (!filled) {",
             "    filled = true;",
             *indented(self._queries()),
             "}",
-            "// The first split makes the state that the others are joined to.",
-            "const int64_t state = spread || split == first_split ? 0 : 1;",
+            "// The first split makes the state that the others are joined to. Behind those of another thread each",
+            "// stays alone: the order of the joins decides the bits.",
+            "const int64_t state = turn || split == own_split ? 0 : 1;",
             f"{self.kind}* const sums = state ? outputs : joined;",
             "for (int64_t r = 0; r < rows; ++r) {",
             f"    greatest[state][r] = {least}, total[state][r] = 0;",
             "    for (int64_t i = 0; i < f_stride; ++i) sums[r * f_stride + i] = 0;",
             "}",
-            f"const int64_t split_end = tw_least(last_key, (split + 1) * {_SPLIT});",
-            f"for (int64_t key = tw_most(split * {_SPLIT}, first_key / {_KEYS} * {_KEYS}); key < split_end;"
-            f" key += {_KEYS}) {{",
+            f"const int64_t split_end = tw_least(last_key, (split + 1) * {SPLIT});",
+            f"for (int64_t key = tw_most(split * {SPLIT}, first_key / {KEYS} * {KEYS}); key < split_end;"
+            f" key += {KEYS}) {{",
             *indented(self._block()),
             "}",
-            "if (spread) {",
-            "    const int64_t number = split - first_split, count = end_split - first_split;",
-            "    if (!splits.finish(unit, number, count, rows, greatest[0], total[0], joined)) continue;",
-            "} else {",
-            "    for (int64_t r = 0; state && r < rows; ++r)",
-            f"        tw_join<{self.kind}>(greatest[0][r], total[0][r], joined + r * f_stride, greatest[1][r],"
-            " total[1][r],",
-            "            sums + r * f_stride, f_stride);",
-            "    if (split + 1 < end_split) continue;",
-            "}",
+            "for (int64_t r = 0; state && r < rows; ++r)",
+            f"    tw_join<{self.kind}>(greatest[0][r], total[0][r], joined + r * f_stride, greatest[1][r],",
+            "        total[1][r], sums + r * f_stride, f_stride);",
+            "const int64_t own = other_split - own_split, count = end_split - first_split;",
+            "const bool last_own = split + 1 == other_split, alone = own == count;",
+            "if (!alone && (turn || last_own))",
+            "    splits.hand_in(unit, turn ? split - first_split : 0, rows, greatest[0], total[0], joined);",
+            "if (!last_own) continue;",
+            "if (!alone && !splits.finish(unit, own, count / sharers, count, rows, greatest[0], total[0], joined))",
+            "    continue;",
             *self._stores(),
         ]
 
@@ -227,17 +135,19 @@ class _AttentionPrinter(AttentionKeys):
     def _block(self) -> list[str]:
         """Pointers to the keys and values of a block, then its rows; with a tree's new rows, query by query."""
         lines = [
-            f"const int64_t keys = tw_least<int64_t>({_KEYS}, last_key - key);",
-            f"const void* k_at[{_KEYS}];",
-            f"const {self.kind}* v_at[{_KEYS}];",
+            f"const int64_t keys = tw_least<int64_t>({KEYS}, last_key - key);",
+            f"const void* k_at[{KEYS}];",
+            f"const {self.kind}* v_at[{KEYS}];",
             *self._shown(),
+            "int64_t ahead = 0, value_ahead = 0;",
             "const auto attend_rows = [&](int64_t begin_row, int64_t end_row, bool paired) {",
             *indented(self._rows()),
             "};",
         ]
         half = "half" if self.paired else "false"
+        shared = [*self._pointers(self._slot_of_position()), *self._ahead(), f"attend_rows(0, rows, {half});"]
         if self.attend.path is None:
-            return [*lines, *self._pointers(self._slot_of_position()), f"attend_rows(0, rows, {half});"]
+            return [*lines, *shared]
         tree = [
             f"for (int64_t q = 0; q < rows; q += {self.share}) {{",
             "    if (visible_from[q] >= key + keys || visible_to[q] <= key) continue;",
@@ -245,8 +155,21 @@ class _AttentionPrinter(AttentionKeys):
             f"    attend_rows(q, q + {self.share}, false);",
             "}",
         ]
-        shared = [*self._pointers(self._slot_of_position()), f"attend_rows(0, rows, {half});"]
         return [*lines, "if (key + keys > past) {", *indented(tree), "} else {", *indented(shared), "}"]
+
+    def _ahead(self) -> list[str]:
+        """How many bytes on this thread's next block of a cache lies; what is in the L2 cache anyway needs no help."""
+        stored = ((self.keys_stored, "ahead", "k_at"), (self.values_stored, "value_ahead", "v_at"))
+        steps = [
+            f"    {name} = {KEYS} * ((const char*){at}[1] - (const char*){at}[0]);"
+            for row, name, at in stored
+            if row is not None
+        ]
+        if self.attend.past is None or not steps:
+            return []
+        # Behind a block that turned back to the first slot the distance is another one.
+        more = f"key + {KEYS} < tw_least(last_key, other_split * {SPLIT}) && slot >= {KEYS}"
+        return [f"if ({more}) {{", *steps, "}"]
 
     def _masks_keys(self) -> bool:
         """Whether the mask says of a key that all rows of a tile see it, or none."""
@@ -258,9 +181,9 @@ class _AttentionPrinter(AttentionKeys):
 
     def _shown(self) -> list[str]:
         """Which keys of the block the mask shows; a block of which it shows nothing changes nothing."""
-        lines = [f"alignas(64) {self.kind} shown[{_KEYS}];"]
+        lines = [f"alignas(64) {self.kind} shown[{KEYS}];"]
         if not self._masks_keys():
-            return [*lines, f"for (int64_t j = 0; j < {_KEYS}; ++j) shown[j] = 1;"]
+            return [*lines, f"for (int64_t j = 0; j < {KEYS}; ++j) shown[j] = 1;"]
         assert self.attend.mask is not None
         emitter = self._scope()
         emitter.push((self.attend.s.name,))
@@ -274,7 +197,7 @@ class _AttentionPrinter(AttentionKeys):
             "for (int64_t j = 0; j < keys; ++j) {",
             *indented(body),
             "}",
-            f"for (int64_t j = keys; j < {_KEYS}; ++j) shown[j] = 0;",
+            f"for (int64_t j = keys; j < {KEYS}; ++j) shown[j] = 0;",
             "if (!any) continue;",
         ]
 
@@ -289,7 +212,7 @@ class _AttentionPrinter(AttentionKeys):
             format_ = self.keys_stored.format
         features = self._text(self.part.feature.extent)
         loop = "for (int64_t r = begin_row; r < end_row; ++r)"
-        whole = f"seen[r].to - seen[r].from == {'keys' if attend.mask_kind == 'none' else _KEYS}"
+        whole = f"seen[r].to - seen[r].from == {'keys' if attend.mask_kind == 'none' else KEYS}"
         lines = [
             f"tw_seen seen[{self.rows}], plain[{self.rows}];",
             f"{self.kind} keep[{self.rows}];",
@@ -313,7 +236,7 @@ class _AttentionPrinter(AttentionKeys):
                 "}",
             ]
         lines += [
-            f"tw_soften_block<{self.kind}>(scores + begin_row * {_KEYS}, end_row - begin_row, seen + begin_row, shown,",
+            f"tw_soften_block<{self.kind}>(scores + begin_row * {KEYS}, end_row - begin_row, seen + begin_row, shown,",
             f"    {scale}, greatest[state] + begin_row, total[state] + begin_row, keep + begin_row,",
             f"    {'whole ? weights_half : nullptr' if self.paired else 'nullptr'});",
         ]
@@ -332,15 +255,15 @@ class _AttentionPrinter(AttentionKeys):
             lines.append(f"{loop} {scaled}")
         return [
             *lines,
-            f"tw_mix_block<{self.kind}>(scores + begin_row * {_KEYS}, end_row - begin_row, plain + begin_row, v_at,",
-            f"    {features}, sums + begin_row * f_stride, f_stride);",
+            f"tw_mix_block<{self.kind}>(scores + begin_row * {KEYS}, end_row - begin_row, plain + begin_row, v_at,",
+            f"    {features}, value_ahead, sums + begin_row * f_stride, f_stride);",
         ]
 
     def _score_lines(self, format_: str, depth: str) -> list[str]:
         """Scores of the rows; in bfloat16 only those of rows that see the whole block may count."""
         plain = [
             f"tw_score_block<tw_{format_}>(q_rows + begin_row * d_stride, d_stride, end_row - begin_row,",
-            f"    plain + begin_row, k_at, last, {depth}, turned, scores + begin_row * {_KEYS});",
+            f"    plain + begin_row, tw_key_list(k_at, last, ahead), {depth}, turned, scores + begin_row * {KEYS});",
         ]
         if not self.paired:
             return plain
@@ -350,7 +273,7 @@ class _AttentionPrinter(AttentionKeys):
             f"if (whole) tw_score_pairs<tw_{format_}>(q_half, rows, k_at, last, {depth}, key_pairs, found);",
             "for (int64_t r = begin_row; found != scores && r < end_row; ++r)",
             "    if (plain[r].to != seen[r].to)",
-            f"        tw_copy_row(scores + r * {_KEYS}, half_scores + r * {_KEYS}, {_KEYS});",
+            f"        tw_copy_row(scores + r * {KEYS}, half_scores + r * {KEYS}, {KEYS});",
         ]
 
     def _scores(self) -> list[str]:
@@ -360,7 +283,7 @@ class _AttentionPrinter(AttentionKeys):
         s = emitter.axis(attend.s)
         self._push_row(emitter)
         emitter.push((attend.s.name,))
-        place = f"scores[r * {_KEYS} + j]"
+        place = f"scores[r * {KEYS} + j]"
         emitter.line(f"{self.kind} score = {place} * {literal(attend.scale, self.real)};")
         if attend.soft_cap > 0:
             cap = literal(attend.soft_cap, self.real)
@@ -376,7 +299,7 @@ class _AttentionPrinter(AttentionKeys):
         inner = [f"const int64_t {s} = key + j;"] if masked else []
         inner += emitter.pop()
         outer = self._of_row() if masked else []
-        begin, end = ("seen[r].from", "seen[r].to") if masked else ("0", str(_KEYS))
+        begin, end = ("seen[r].from", "seen[r].to") if masked else ("0", str(KEYS))
         loop = ["#pragma GCC ivdep", f"for (int64_t j = {begin}; j < {end}; ++j) {{", *indented(inner), "}"]
         body = outer + emitter.pop() + loop
         return emitter.pop() + body

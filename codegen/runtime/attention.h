@@ -7,121 +7,8 @@
 //
 // Rows of a tile are queries times the query heads that read one key head; four of them share every loaded key and value.
 
-static constexpr int tw_keys = 64, tw_split = 128, tw_pass = 64;  // tw_pass: features per turn through the L1 cache
+static constexpr int tw_split = 128;
 static constexpr int tw_most_units = 128;  // that splits are shared out of
-static constexpr int tw_tile_rows = tw_registers >= 32 ? 4 : 1;
-
-#define TW_LANES_8(M, N, H) M(0, N, H), M(1, N, H), M(2, N, H), M(3, N, H), M(4, N, H), M(5, N, H), M(6, N, H), M(7, N, H)
-#define TW_LANES_16(M, N, H) TW_LANES_8(M, N, H), M(8, N, H), M(9, N, H), M(10, N, H), M(11, N, H), M(12, N, H), \
-    M(13, N, H), M(14, N, H), M(15, N, H)
-#define TW_UPPER(l, N, H) ((l) & (H) ? (N) + (l) - (H) : (l))
-#define TW_LOWER(l, N, H) ((l) & (H) ? (N) + (l) : (l) + (H))
-
-// Vectors i and i + H exchange the blocks of H lanes off the diagonal: one stage of a transposition.
-template <int H> static inline void tw_exchange(tw_v16& a, tw_v16& b) {
-    const tw_v16 upper = __builtin_shufflevector(a, b, TW_LANES_16(TW_UPPER, 16, H));
-    b = __builtin_shufflevector(a, b, TW_LANES_16(TW_LOWER, 16, H));
-    a = upper;
-}
-template <int H> static inline void tw_exchange(tw_v8d& a, tw_v8d& b) {
-    const tw_v8d upper = __builtin_shufflevector(a, b, TW_LANES_8(TW_UPPER, 8, H));
-    b = __builtin_shufflevector(a, b, TW_LANES_8(TW_LOWER, 8, H));
-    a = upper;
-}
-template <int H, int N, class V> static inline void tw_stage(V* x) {
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i)
-        if (!(i & H)) tw_exchange<H>(x[i], x[i + H]);
-}
-static inline void tw_transpose(tw_v16* x) {
-    tw_stage<8, 16>(x); tw_stage<4, 16>(x); tw_stage<2, 16>(x); tw_stage<1, 16>(x);
-}
-static inline void tw_transpose(tw_v8d* x) { tw_stage<4, 8>(x); tw_stage<2, 8>(x); tw_stage<1, 8>(x); }
-
-// Features [first, first + n) of `count` keys, one pointer each -> turned[feature][key]; n at most tw_pass.
-template <class F>
-__attribute__((noinline)) static void tw_turn_keys(const void* const* keys, int64_t count, int64_t first, int64_t n,
-                                                   typename F::real* turned) {
-    typedef typename F::vector V;
-    constexpr int lanes = 64 / sizeof(typename F::real);
-    static_assert(F::block == lanes, "keys are numbers, not blocks");
-    for (int64_t c = 0; c < count; c += lanes) {
-        for (int64_t d = 0; d < n; d += lanes) {
-            V x[lanes];
-            const bool whole = d + lanes <= n;
-#pragma GCC unroll 16
-            for (int i = 0; i < lanes; ++i) {
-                const uint8_t* row = (const uint8_t*)keys[c + i < count ? c + i : count - 1];
-                if (whole) F::unpack(row + (first + d) / lanes * F::bytes, x + i);
-                else x[i] = tw_tail<F>(row, first + d, first + n);
-            }
-            tw_transpose(x);
-            for (int i = 0; i < lanes && d + i < n; ++i) tw_put(turned + (d + i) * tw_keys + c, x[i]);
-        }
-    }
-}
-
-template <class T, int R>
-__attribute__((noinline)) static void tw_score_tile(const T* q, int64_t stride, const T* turned, int64_t n, bool begin,
-                                                    T* scores) {
-    typedef decltype(tw_load(q)) V;
-    constexpr int lanes = 64 / sizeof(T);
-    for (int c = 0; c < tw_keys; c += 4 * lanes) {
-        V sum[R][4];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v) sum[r][v] = begin ? V{} : tw_load(scores + r * tw_keys + c + v * lanes);
-        for (int64_t d = 0; d < n; ++d) {
-            V k[4];
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v) k[v] = tw_load(turned + d * tw_keys + c + v * lanes);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                const V x = q[r * stride + d] - V{};
-#pragma GCC unroll 4
-                for (int v = 0; v < 4; ++v) sum[r][v] = tw_fma(x, k[v], sum[r][v]);
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v) tw_put(scores + r * tw_keys + c + v * lanes, sum[r][v]);
-    }
-}
-
-// Row r sees the keys [from[r], to[r]) of the block.
-struct tw_seen { int32_t from, to; };
-
-// scores[r][key] = sum over d of q[r][d] * key[d], for every row that sees one of the `count` keys.
-template <class F>
-static void tw_score_block(const typename F::real* q, int64_t stride, int64_t rows, const tw_seen* seen,
-                           const void* const* keys, int64_t count, int64_t features, typename F::real* turned,
-                           typename F::real* scores) {
-    typedef typename F::real T;
-    constexpr int R = tw_tile_rows;
-    bool wanted = false;
-    for (int64_t r = 0; r < rows; ++r) wanted |= seen[r].from < seen[r].to;
-    if (!wanted) return;
-    for (int64_t first = 0; first < features; first += tw_pass) {
-        const int64_t n = tw_least<int64_t>(tw_pass, features - first);
-        tw_turn_keys<F>(keys, count, first, n, turned);
-        for (int64_t r = 0; r < rows; r += R) {
-            const int64_t left = tw_least<int64_t>(R, rows - r);
-            bool any = false;
-            for (int64_t i = 0; i < left; ++i) any |= seen[r + i].from < seen[r + i].to;
-            if (!any) continue;
-            const T* const a = q + r * stride + first;
-            T* const out = scores + r * tw_keys;
-            if (left == R) tw_score_tile<T, R>(a, stride, turned, n, !first, out);
-            else if (left == 3) tw_score_tile<T, 3>(a, stride, turned, n, !first, out);
-            else if (left == 2) tw_score_tile<T, 2>(a, stride, turned, n, !first, out);
-            else tw_score_tile<T, 1>(a, stride, turned, n, !first, out);
-        }
-    }
-    if (features == 0)
-        for (int64_t i = 0; i < rows * tw_keys; ++i) scores[i] = 0;
-}
 
 #define TW_TURN(l, N, H) (((l) + (H)) % (N))
 
@@ -276,8 +163,9 @@ __attribute__((noinline)) static void tw_soften_four(float* scores, const tw_see
 template <class T>
 static void tw_soften_block(T* scores, int64_t rows, const tw_seen* seen, const T* shown, T scale, T* greatest, T* total,
                             T* keep, uint16_t* half) {
-    bool whole = true;
-    for (int k = 0; k < tw_keys; ++k) whole &= shown[k] != 0;
+    int64_t hidden = 0;
+    for (int k = 0; k < tw_keys; ++k) hidden += shown[k] == 0;
+    const bool whole = !hidden;
     for (int64_t r = 0; r < rows;) {
         if constexpr (__is_same(T, float)) {
             bool every = r + 4 <= rows, all = whole;
@@ -310,8 +198,8 @@ template <class T> static inline void tw_scale_row(T* row, int64_t features, T f
 
 // out[r][f] += sum over keys [from, to) of weights[r][key] * values[key][f], for R rows and V vectors from feature f on.
 template <class T, int R, int N>
-static inline void tw_mix_tile(const T* weights, int64_t from, int64_t to, const T* const* values, int64_t f, T* out,
-                               int64_t stride) {
+static inline void tw_mix_tile(const T* weights, int64_t from, int64_t to, const T* const* values, int64_t f,
+                               int64_t ahead, T* out, int64_t stride) {
     typedef decltype(tw_load(out)) V;
     constexpr int lanes = 64 / sizeof(T);
     V sum[R][N];
@@ -322,7 +210,10 @@ static inline void tw_mix_tile(const T* weights, int64_t from, int64_t to, const
     for (int64_t j = from; j < to; ++j) {
         V x[N];
 #pragma GCC unroll 4
-        for (int v = 0; v < N; ++v) x[v] = tw_load(values[j] + f + v * lanes);
+        for (int v = 0; v < N; ++v) {
+            x[v] = tw_load(values[j] + f + v * lanes);
+            __builtin_prefetch((const char*)(values[j] + f + v * lanes) + ahead, 0, 2);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             const V weight = weights[r * tw_keys + j] - V{};
@@ -339,10 +230,10 @@ static inline void tw_mix_tile(const T* weights, int64_t from, int64_t to, const
 // One pass of features (at most tw_pass) of R rows.
 template <class T, int R>
 __attribute__((noinline)) static void tw_mix_pass(const T* weights, int64_t from, int64_t to, const T* const* values,
-                                                  int64_t f, int64_t end, T* out, int64_t stride) {
+                                                  int64_t f, int64_t end, int64_t ahead, T* out, int64_t stride) {
     constexpr int lanes = 64 / sizeof(T);
-    for (; f + 4 * lanes <= end; f += 4 * lanes) tw_mix_tile<T, R, 4>(weights, from, to, values, f, out, stride);
-    for (; f + lanes <= end; f += lanes) tw_mix_tile<T, R, 1>(weights, from, to, values, f, out, stride);
+    for (; f + 4 * lanes <= end; f += 4 * lanes) tw_mix_tile<T, R, 4>(weights, from, to, values, f, ahead, out, stride);
+    for (; f + lanes <= end; f += lanes) tw_mix_tile<T, R, 1>(weights, from, to, values, f, ahead, out, stride);
     for (; f < end; ++f)
         for (int r = 0; r < R; ++r) {
             T sum = out[r * stride + f];
@@ -353,18 +244,18 @@ __attribute__((noinline)) static void tw_mix_pass(const T* weights, int64_t from
 
 template <class T>
 static inline void tw_mix_rows(int64_t rows, const T* weights, int64_t from, int64_t to, const T* const* values,
-                               int64_t f, int64_t end, T* out, int64_t stride) {
+                               int64_t f, int64_t end, int64_t ahead, T* out, int64_t stride) {
     if (from >= to) return;
-    if (rows == tw_tile_rows) tw_mix_pass<T, tw_tile_rows>(weights, from, to, values, f, end, out, stride);
-    else if (rows == 3) tw_mix_pass<T, 3>(weights, from, to, values, f, end, out, stride);
-    else if (rows == 2) tw_mix_pass<T, 2>(weights, from, to, values, f, end, out, stride);
-    else tw_mix_pass<T, 1>(weights, from, to, values, f, end, out, stride);
+    if (rows == tw_tile_rows) tw_mix_pass<T, tw_tile_rows>(weights, from, to, values, f, end, ahead, out, stride);
+    else if (rows == 3) tw_mix_pass<T, 3>(weights, from, to, values, f, end, ahead, out, stride);
+    else if (rows == 2) tw_mix_pass<T, 2>(weights, from, to, values, f, end, ahead, out, stride);
+    else tw_mix_pass<T, 1>(weights, from, to, values, f, end, ahead, out, stride);
 }
 
 // out[r] += the values of the keys that row r sees, weighted. Rows go together as far as they see the same keys.
 template <class T>
 static void tw_mix_block(const T* weights, int64_t rows, const tw_seen* seen, const T* const* values, int64_t features,
-                         T* out, int64_t stride) {
+                         int64_t ahead, T* out, int64_t stride) {
     bool wanted = false;
     for (int64_t r = 0; r < rows; ++r) wanted |= seen[r].from < seen[r].to;
     if (!wanted) return;
@@ -379,11 +270,12 @@ static void tw_mix_block(const T* weights, int64_t rows, const tw_seen* seen, co
             }
             to = tw_most(from, to);
             for (int64_t i = r; i < r + count; ++i)
-                tw_mix_rows<T>(1, weights + i * tw_keys, seen[i].from, tw_least<int64_t>(from, seen[i].to), values, f, end,
+                tw_mix_rows<T>(1, weights + i * tw_keys, seen[i].from, tw_least<int64_t>(from, seen[i].to), values, f, end, 0,
                                out + i * stride, stride);
-            tw_mix_rows<T>(count, weights + r * tw_keys, from, to, values, f, end, out + r * stride, stride);
+            tw_mix_rows<T>(count, weights + r * tw_keys, from, to, values, f, end, r ? 0 : ahead, out + r * stride,
+                           stride);
             for (int64_t i = r; i < r + count; ++i)
-                tw_mix_rows<T>(1, weights + i * tw_keys, tw_most<int64_t>(to, seen[i].from), seen[i].to, values, f, end,
+                tw_mix_rows<T>(1, weights + i * tw_keys, tw_most<int64_t>(to, seen[i].from), seen[i].to, values, f, end, 0,
                                out + i * stride, stride);
         }
     }
@@ -413,7 +305,8 @@ __attribute__((noinline)) static void tw_join(T& greatest, T& total, T* out, T n
 }
 
 // Results of splits that several threads work on: states [units, rows, splits] of (out, greatest, total) behind the
-// counters of the units. Whoever finishes the last split of a unit joins all of them, in their order.
+// counters of the units. The first thread of a unit joins its own splits and hands in one result; the others hand in one
+// per split. Whoever comes last joins them in the order of the splits.
 template <class T> struct tw_splits {
     void* room;
     int64_t rows, splits, stride;
@@ -422,22 +315,25 @@ template <class T> struct tw_splits {
         const int64_t number = (unit * rows + row) * splits + split;
         return (T*)((char*)room + 64 * tw_most_units) + number * (stride + 64 / (int64_t)sizeof(T));
     }
-    // Hand in split number `split` of `count`; true for the last one, whose state is then that of the whole unit.
-    bool finish(int64_t unit, int64_t split, int64_t count, int64_t used, T* greatest, T* total, T* out) const {
-        if (count == 1) return true;
+    void hand_in(int64_t unit, int64_t split, int64_t used, const T* greatest, const T* total, const T* out) const {
         for (int64_t r = 0; r < used; ++r) {
             T* const mine = state(unit, r, split);
             __builtin_memcpy(mine, out + r * stride, stride * sizeof(T));
             mine[stride] = greatest[r], mine[stride + 1] = total[r];
         }
+    }
+    // `own` of `count` splits are handed in, `first` of all by the first thread. True for whoever completes them: its state
+    // is then that of the whole unit.
+    bool finish(int64_t unit, int64_t own, int64_t first, int64_t count, int64_t used, T* greatest, T* total,
+                T* out) const {
         int64_t* const counter = (int64_t*)room + 8 * unit;
-        if (__atomic_add_fetch(counter, 1, __ATOMIC_ACQ_REL) != count) return false;
+        if (__atomic_add_fetch(counter, own, __ATOMIC_ACQ_REL) != count) return false;
         __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
         for (int64_t r = 0; r < used; ++r) {
-            const T* const first = state(unit, r, 0);
-            __builtin_memcpy(out + r * stride, first, stride * sizeof(T));
-            greatest[r] = first[stride], total[r] = first[stride + 1];
-            for (int64_t s = 1; s < count; ++s) {
+            const T* const begin = state(unit, r, 0);
+            __builtin_memcpy(out + r * stride, begin, stride * sizeof(T));
+            greatest[r] = begin[stride], total[r] = begin[stride + 1];
+            for (int64_t s = tw_most<int64_t>(first, 1); s < count; ++s) {
                 const T* const next = state(unit, r, s);
                 tw_join<T>(greatest[r], total[r], out + r * stride, next[stride], next[stride + 1], next, stride);
             }
