@@ -1,6 +1,7 @@
 """`python -m benchmarks.coldstart`: from a fresh process to the first token, cold and warm, beside torch.compile.
 
     python -m benchmarks.coldstart                      # Gemma; --model smollm2 or minilm
+    python -m benchmarks.coldstart --quick              # ours alone, once
     python -m benchmarks.coldstart --write              # also benchmarks/results/ and docs/performance.md
 
 Cold: an empty cache folder of its own for every run. Warm: a second process with the folder that the cold one left.
@@ -127,6 +128,10 @@ def main(
     model: Annotated[str, typer.Option(help="gemma3, smollm2 or minilm.")] = "gemma3",
     threads: Annotated[int, typer.Option(min=1, help="Of every system.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 3,
+    precision: Annotated[str, typer.Option(help="Of ours: f32, bf16 or int8.")] = "f32",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One round of ours only: under two minutes.")
+    ] = False,
     only_ours: Annotated[bool, typer.Option("--only-ours", help="Without torch.compile.")] = False,
     busy: Annotated[bool, typer.Option("--busy", help="Measure even if others use the machine.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Put the results into the repository.")] = False,
@@ -139,7 +144,8 @@ def main(
         raise typer.Exit(BUSY_CODE) from None
     # its path: a built-in name would be looked up, and put together, in the empty cache folder
     path = str(find_builtin(model))
-    systems = [("torchweld", "f32")] + ([] if only_ours else [("torch.compile", "bf16")])
+    systems = [("torchweld", precision)] + ([] if only_ours or quick else [("torch.compile", "bf16")])
+    rounds = 1 if quick else rounds
     watch = Watch()
     samples, failures = measure_starts(
         systems, rounds, lambda start, folder: run_child(start, path, folder, threads), _say

@@ -11,12 +11,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.utils._pytree as pytree
 from sympy import Symbol
 from torch import Tensor, fx
-from torch.utils.flop_counter import FlopCounterMode
 
 from torchweld.codegen.cache import Cache
 from torchweld.codegen.executable import BuildError, Executable
@@ -29,6 +29,9 @@ from torchweld.graph.index import evaluate
 from torchweld.graph.program import Program, source_line
 from torchweld.optimizer.compile import Compiled, Options
 from torchweld.optimizer.pipeline import size_hints
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 RUNS = 7
 
@@ -104,6 +107,14 @@ def profile_nodes(
     )  # fmt: skip
 
 
+def _flop_counter() -> FlopCounterMode:
+    from torch.utils.flop_counter import (
+        FlopCounterMode,
+    )  # imports triton: 0.1 s that only a profile should take
+
+    return FlopCounterMode(display=False)
+
+
 class _NodeTimer(fx.Interpreter):
     """Runs a graph node by node and keeps every call's seconds, bytes and operations."""
 
@@ -116,14 +127,13 @@ class _NodeTimer(fx.Interpreter):
         """Time one node; placeholders, weights and the output cost nothing."""
         if n.op not in ("call_function", "call_module"):
             return super().run_node(n)
-        first = n not in self.seconds
-        counter = FlopCounterMode(display=False) if first else nullcontext()
-        with counter:
+        counter = None if n in self.seconds else _flop_counter()
+        with counter or nullcontext():
             start = time.perf_counter()
             result = super().run_node(n)
             seconds = time.perf_counter() - start
         self.seconds.setdefault(n, []).append(seconds)
-        if isinstance(counter, FlopCounterMode):
+        if counter is not None:
             read = [self.env[operand] for operand in n.all_input_nodes]
             tensors = [t for t in pytree.tree_leaves((read, result)) if isinstance(t, Tensor)]
             made = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny_models import tiny_inputs, tiny_model
+from torchweld.codegen import lower, toolchain
 from torchweld.codegen.cache import Cache
 from torchweld.graph import fingerprint as fingerprint_module
 from torchweld.graph.capture import capture
 from torchweld.graph.target import Target
 from torchweld.graph.value_reads import ValueReads
 from torchweld.models.layers import LayerNorm, RMSNorm
+from torchweld.optimizer import api
 from torchweld.optimizer.api import optimize
 from torchweld.optimizer.compile import Compiled, Options, compile_program
 from torchweld.optimizer.warm import WarmStart, find_warm_start
@@ -97,6 +99,28 @@ def test_optimize_starts_warm(llama: Stored) -> None:
     assert fast.compiled.groups is None
     assert torch.equal(fast(*inputs), llama.cold.run(*inputs))
     assert fast.report.kernels_per_layer == llama.cold.report.kernels_per_layer
+
+
+def test_a_warm_start_captures_lowers_and_compiles_nothing(
+    llama: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counted(owner: object, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in ((lower, "lower_group"), (api, "capture"), (toolchain, "build_library")):
+        counted(owner, name)
+    optimize(llama.model, tiny_inputs("llama"), options=llama.options)
+    assert calls == []
+    optimize(llama.model, tiny_inputs("llama"), options=replace(llama.options, warm=False))
+    assert {"lower_group", "capture"} <= set(calls)
 
 
 def test_changed_weights_start_warm_and_count(llama: Stored, tmp_path: Path) -> None:
