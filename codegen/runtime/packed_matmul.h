@@ -22,6 +22,17 @@ static inline tw_v16 tw_fma_at(const float* a, tw_v16 w, tw_v16 sum) {
 #endif
 }
 
+// *a in every lane, loaded where it is used, for the same reason.
+static inline tw_v16 tw_splat_at(const float* a) {
+#if defined(__AVX512F__)
+    tw_v16 x;
+    asm("vbroadcastss %1, %0" : "=v"(x) : "m"(*a));
+    return x;
+#else
+    return tw_splat(*a);
+#endif
+}
+
 // The sums of every 32 columns of a row, four at a time; the tree of each is that of tw_sum_lanes.
 static inline void tw_sum_runs(const float* a, int64_t stride, float* sums) {
     const int64_t runs = stride / 32;
@@ -54,6 +65,7 @@ static inline void tw_packed_few(const float* a, int64_t stride, int64_t rows, c
         for (int g = 0; g < G; ++g) total[r][g] = tw_v16{};
     const uint8_t* const codes = base + tw_lines(F::scale_bytes(steps));
     constexpr int runs = 32 / F::run, quads = F::run / 4;
+    constexpr bool share = M >= 8;  // every number of a row is loaded once for all groups
     for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g)
@@ -69,15 +81,23 @@ static inline void tw_packed_few(const float* a, int64_t stride, int64_t rows, c
 #pragma GCC unroll 8
             for (int q = 0; q < quads; ++q) {
                 const int j = run * quads + q;
+                tw_v16 w[G][4];
 #pragma GCC unroll 4
                 for (int g = 0; g < G; ++g) {
-                    tw_v16 w[4];
-                    F::unpack(codes + g * group_bytes + step * F::code_bytes, j, w);
+                    F::unpack(codes + g * group_bytes + step * F::code_bytes, j, w[g]);
 #pragma GCC unroll 4
                     for (int b = 0; b < 4; ++b)
-#pragma GCC unroll 8
-                        for (int r = 0; r < M; ++r) s[r][g] = tw_fma_at(ar[r] + 32 * step + 4 * j + b, w[b], s[r][g]);
+#pragma GCC unroll 2
+                        for (int r = 0; r < M && !share; ++r) s[r][g] = tw_fma_at(ar[r] + 32 * step + 4 * j + b, w[g][b], s[r][g]);
                 }
+#pragma GCC unroll 4
+                for (int b = 0; b < 4; ++b)
+#pragma GCC unroll 8
+                    for (int r = 0; r < M && share; ++r) {
+                        const tw_v16 x = tw_splat_at(ar[r] + 32 * step + 4 * j + b);
+#pragma GCC unroll 4
+                        for (int g = 0; g < G; ++g) s[r][g] = tw_fma(x, w[g][b], s[r][g]);
+                    }
             }
 #pragma GCC unroll 4
             for (int g = 0; g < G; ++g) {
