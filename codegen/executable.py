@@ -20,10 +20,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from torchweld.codegen.batches import BatchSplitter, Pieces, PiecesRun, has_batch
 from torchweld.codegen.cache import Cache
 from torchweld.codegen.cpp import FLAGS, PrintedUnit, print_unit
 from torchweld.codegen.cpp_names import PrintError
-from torchweld.codegen.cpp_packed import Precision
+from torchweld.codegen.cpp_packed import FEW_ROWS, Precision
 from torchweld.codegen.ir import Kernel
 from torchweld.codegen.library_runs import LibraryLaunch, LibraryRuns
 from torchweld.codegen.packed_plan import PackedConstants
@@ -68,6 +69,8 @@ class _Binding:
     scratch_stride: int
     shared_bytes: tuple[int, ...]
     fresh_shapes: tuple[tuple[int, ...], ...]
+    arena_bytes: int
+    pieces: PiecesRun | None
     kept: tuple[object, ...]
 
 
@@ -142,6 +145,7 @@ class Executable:
             self._pointers[self._slots[name]] = tensor.data_ptr()
         self._fresh = _fresh_values(plan)
         self._arena_values = _arena_values(plan, self._fresh)
+        self._splitter = BatchSplitter(plan, self._threads, 0 if precision == "f32" else FEW_ROWS)
         self._bindings: OrderedDict[tuple[tuple[int, ...], ...], _Binding] = OrderedDict()
         self._arena = self._scratch = torch.empty(0, dtype=torch.uint8)
         self._placed: _Binding | None = None
@@ -195,9 +199,10 @@ class Executable:
     def stats(self) -> ExecutableStats:
         """Counters and sizes for reports."""
         memory = self._placed.memory if self._placed else MemoryPlan({}, 0, 0)
+        arena_bytes = self._placed.arena_bytes if self._placed else 0
         eager = len(self.plan.steps) - len(self._launches)
         return ExecutableStats(
-            self._calls, len(self._launches), eager, len(self._unit.symbols), len(self._bindings), memory.arena_bytes,
+            self._calls, len(self._launches), eager, len(self._unit.symbols), len(self._bindings), arena_bytes,
             memory.total_bytes, self._scratch.numel(), len(self._unit.source),
         )  # fmt: skip
 
@@ -265,7 +270,7 @@ class Executable:
         tensors, _ = self._checks(inputs)
         self._point_at(tensors, self._checks.updated)
         values = self._seen_by_torch(tensors)
-        binding = self._binding(inputs)
+        binding = self._bind(self.sizes_of(inputs), in_pieces=False)
         self._place(binding)
         self._allocate_fresh(binding, values)
         number = next(n for n, launch in enumerate(self._launches) if launch.kernel.name == kernel)
@@ -307,7 +312,8 @@ class Executable:
                 continue
             assert self._team is not None
             table, scratch = ctypes.addressof(self._pointers), self._scratch.data_ptr()
-            failed = self._team.run(segment, table, scratch, binding.scratch_stride)
+            pieces = binding.pieces.record if binding.pieces else None
+            failed = self._team.run(segment, table, scratch, binding.scratch_stride, pieces)
             if failed >= 0:
                 raise IndexError(_index_message(launches[failed]))
 
@@ -366,54 +372,85 @@ class Executable:
             self._bindings.popitem(last=False)
         return binding
 
-    def _bind(self, table: SizeTable) -> _Binding:
-        memory = plan_memory(
-            [
-                Lifetime(s.name, prod(table.shape(s)) * s.dtype.itemsize, a, b)
-                for s, a, b in self._arena_values
-            ]
-        )
+    def _bind(self, table: SizeTable, in_pieces: bool = True) -> _Binding:
+        """What follows from the sizes; in_pieces: a batch may go through the launches piece by piece."""
+        groups = tuple(self.library.segments(table))
+        own = not any(isinstance(group, LibraryLaunch) for group in groups)
+        cut = None
+        if in_pieces and own:
+            cut = self._splitter.split(table, lambda sizes: self._memory(sizes).arena_bytes)
+        at_once = table if cut is None else cut.table
+        memory = self._memory(at_once)
         sizes: dict[int, ctypes.Array[ctypes.c_int64]] = {}
-        solo: dict[int, int] = {}
         segments: list[ctypes.Array[LaunchRecord] | EagerStep | LibraryLaunch] = []
-        groups: list[tuple[Launch, ...]] = []
         prepared = iter(self._prepared)
-        for group in self.library.segments(table):
-            if not isinstance(group, tuple):
-                if isinstance(group, LibraryLaunch):
-                    next(prepared)  # its record is not needed
-                segments.append(group)
-                groups.append(())
+        for group in groups:
+            if isinstance(group, tuple):
+                segments.append(self._records([next(prepared) for _ in group], at_once, sizes))
                 continue
-            records = (LaunchRecord * len(group))()
-            for record in records:
-                launch = next(prepared)
-                key = id(launch.kernel)
-                if key not in sizes:
-                    names = launch.kernel.sizes
-                    sizes[key] = (ctypes.c_int64 * max(1, len(names)))(*(table.sizes[n] for n in names))
-                    solo[key] = self._threads == 1 or sum(w(table) for w in launch.work) < _SOLO_WORK
-                launch.fill(record, sizes[key], solo[key])
-            segments.append(records)
-            groups.append(group)
-        room = max((table(expr) for f in self._unit.functions for expr in f.scratch), default=0)
+            if isinstance(group, LibraryLaunch):
+                next(prepared)  # its record is not needed
+            segments.append(group)
+        arena_bytes = memory.arena_bytes
+        pieces: PiecesRun | None = None
+        last_sizes: dict[int, ctypes.Array[ctypes.c_int64]] = {}
+        if cut is not None:
+            stride = -(-arena_bytes // 4096) * 4096 + ALIGNMENT
+            pieces = self._pieces(cut, stride, self._records(self._prepared, cut.last, last_sizes))
+            arena_bytes = stride * self._threads
+        room = max((at_once(expr) for f in self._unit.functions for expr in f.scratch), default=0)
         # Whole pages and one line more: the threads' pieces must not fall on the same cache sets.
         stride = -(-room // 4096) * 4096 + ALIGNMENT
         rooms = [0] * len(self._shared)
         for function in self._unit.functions:
             for number, need in enumerate(function.shared):
-                rooms[number] = max(rooms[number], need.nbytes(table, self._threads))
+                rooms[number] = max(rooms[number], need.nbytes(at_once, self._threads))
+        launches = tuple(group if isinstance(group, tuple) else () for group in groups)
+        fresh, kept = tuple(map(table.shape, self._fresh)), (*sizes.values(), *last_sizes.values())
         return _Binding(
-            table, memory, tuple(segments), tuple(groups), stride, tuple(rooms),
-            tuple(map(table.shape, self._fresh)), tuple(sizes.values()),
-        )  # fmt: skip
+            table, memory, tuple(segments), launches, stride, tuple(rooms), fresh, arena_bytes, pieces, kept
+        )
+
+    def _memory(self, table: SizeTable) -> MemoryPlan:
+        """The places of intermediate values."""
+        values = [
+            Lifetime(s.name, prod(table.shape(s)) * s.dtype.itemsize, a, b) for s, a, b in self._arena_values
+        ]
+        return plan_memory(values)
+
+    def _records(
+        self, prepared: Sequence[_Prepared], table: SizeTable, sizes: dict[int, ctypes.Array[ctypes.c_int64]]
+    ) -> ctypes.Array[LaunchRecord]:
+        """The launches for some sizes; the arrays of sizes that they point to are added to `sizes`, by kernel."""
+        records = (LaunchRecord * len(prepared))()
+        solo: dict[int, int] = {}
+        for record, launch in zip(records, prepared, strict=True):
+            key = id(launch.kernel)
+            if key not in sizes:
+                names = launch.kernel.sizes
+                sizes[key] = (ctypes.c_int64 * max(1, len(names)))(*(table.sizes[n] for n in names))
+            if key not in solo:
+                solo[key] = self._threads == 1 or sum(w(table) for w in launch.work) < _SOLO_WORK
+            launch.fill(record, sizes[key], solo[key])
+        return records
+
+    def _pieces(self, cut: Pieces, arena_stride: int, last: ctypes.Array[LaunchRecord]) -> PiecesRun:
+        """How the threads run a batch in pieces."""
+        specs = (*self.plan.inputs, *self._fresh)
+        strides = {
+            self._slots[spec.name]: prod(cut.table.shape(spec)) * spec.dtype.itemsize
+            for spec in specs if has_batch(spec.shape, cut.name)
+        }  # fmt: skip
+        arena = [self._slots[spec.name] for spec, _, _ in self._arena_values]
+        slots = len(self._slots) + len(self._shared)
+        return PiecesRun(cut.count, last, slots, self._threads, strides, arena, arena_stride)
 
     def _place(self, binding: _Binding) -> None:
         """Point the values of the arena to their places for this binding."""
         if self._placed is binding:
             return
-        if self._arena.numel() < binding.memory.arena_bytes:
-            self._arena = torch.empty(binding.memory.arena_bytes, dtype=torch.uint8)
+        if self._arena.numel() < binding.arena_bytes:
+            self._arena = torch.empty(binding.arena_bytes, dtype=torch.uint8)
         if self._scratch.numel() < self._threads * binding.scratch_stride:
             self._scratch = torch.empty(self._threads * binding.scratch_stride, dtype=torch.uint8)
         for number, nbytes in enumerate(binding.shared_bytes):

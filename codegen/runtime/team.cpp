@@ -22,12 +22,22 @@ struct tw_launch {
     int32_t arguments, solo, error, unused;
 };
 
+// Pieces of a batch (codegen/batches.py): a thread takes the next piece and walks all launches alone, with its own
+// table of values. Slot s lies of_piece[s] bytes further in the next piece, of_thread[s] further for the next thread.
+struct tw_pieces {
+    tw_launch* last;  // the launches of the last piece, which may be smaller
+    void** tables;    // [threads, slots]
+    const int64_t *of_piece, *of_thread;
+    int64_t slots, count, next;
+};
+
 struct tw_job {
     tw_launch* launches;
     int64_t count;
     void* const* values;
     char* scratch;
     int64_t scratch_stride;
+    tw_pieces* pieces;
 };
 
 struct tw_team {
@@ -95,7 +105,30 @@ static void call(const tw_job& job, tw_launch& launch, int64_t thread, int64_t t
     launch.kernel(buffers, launch.sizes, thread, threads, job.scratch + thread * job.scratch_stride, &launch.error);
 }
 
+static void walk_pieces(tw_job job, int64_t thread) {
+    tw_pieces& pieces = *job.pieces;
+    void** const table = pieces.tables + thread * pieces.slots;
+    void* const* const values = job.values;
+    job.values = table;
+    for (;;) {
+        const int64_t piece = __atomic_fetch_add(&pieces.next, 1, __ATOMIC_RELAXED);
+        if (piece >= pieces.count) return;
+        for (int64_t s = 0; s < pieces.slots; ++s)
+            table[s] = (char*)values[s] + piece * pieces.of_piece[s] + thread * pieces.of_thread[s];
+        // A kernel takes its scratch memory by its thread number, which is 0 for one that is alone.
+        tw_job own = job;
+        own.scratch += thread * job.scratch_stride;
+        tw_launch* const launches = piece + 1 < pieces.count ? job.launches : pieces.last;
+        for (int64_t i = 0; i < job.count; ++i) call(own, launches[i], 0, 1);
+    }
+}
+
 static void walk(tw_team* team, const tw_job& job, int64_t thread) {
+    if (job.pieces) {
+        walk_pieces(job, thread);
+        barrier(team);
+        return;
+    }
     for (int64_t i = 0; i < job.count; ++i) {
         const bool solo = job.launches[i].solo;
         if (i && !(solo && job.launches[i - 1].solo)) barrier(team);
@@ -186,7 +219,7 @@ static void spread(tw_team* team) {
 int64_t tw_run(void* handle, tw_launch* launches, int64_t count, void* const* values, char* scratch,
                int64_t scratch_stride) {
     tw_team* const team = (tw_team*)handle;
-    const tw_job job = {launches, count, values, scratch, scratch_stride};
+    const tw_job job = {launches, count, values, scratch, scratch_stride, nullptr};
     bool together = false;
     for (int64_t i = 0; i < count; ++i) {
         launches[i].error = 0;
@@ -202,6 +235,26 @@ int64_t tw_run(void* handle, tw_launch* launches, int64_t count, void* const* va
     }
     for (int64_t i = 0; i < count; ++i)
         if (launches[i].error) return i;
+    return -1;
+}
+
+// As tw_run, of a batch in pieces.
+int64_t tw_run_pieces(void* handle, tw_launch* launches, int64_t count, void* const* values, char* scratch,
+                      int64_t scratch_stride, tw_pieces* pieces) {
+    tw_team* const team = (tw_team*)handle;
+    const tw_job job = {launches, count, values, scratch, scratch_stride, pieces};
+    for (int64_t i = 0; i < count; ++i) launches[i].error = pieces->last[i].error = 0;
+    pieces->next = 0;
+    if (team) {
+        spread(team);
+        team->job = job;
+        start(team);
+        walk(team, job, 0);
+    } else {
+        walk_pieces(job, 0);
+    }
+    for (int64_t i = 0; i < count; ++i)
+        if (launches[i].error || pieces->last[i].error) return i;
     return -1;
 }
 

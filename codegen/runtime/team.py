@@ -30,6 +30,15 @@ class LaunchRecord(ctypes.Structure):
     )
 
 
+class PiecesRecord(ctypes.Structure):
+    """tw_pieces of team.cpp: a batch in `count` pieces."""
+
+    _fields_ = (
+        ("last", ctypes.c_void_p), ("tables", ctypes.c_void_p), ("of_piece", ctypes.c_void_p),
+        ("of_thread", ctypes.c_void_p), ("slots", ctypes.c_int64), ("count", ctypes.c_int64), ("next", ctypes.c_int64),
+    )  # fmt: skip
+
+
 @dataclass
 class Team:
     """`threads` threads, the caller among them. One run at a time; callers wait for each other."""
@@ -46,7 +55,7 @@ class Team:
         source = (Path(__file__).parent / "team.cpp").read_text(encoding="utf-8")
         flags = ("-fno-exceptions", "-fno-rtti", "-pthread")
         path = compile_shared(source, cache=self.cache, flags=flags, name="team")
-        library = load(path, ("tw_team_new", "tw_run"))
+        library = load(path, ("tw_team_new", "tw_run", "tw_run_pieces"))
         library.tw_team_new.restype = ctypes.c_void_p
         library.tw_team_new.argtypes = (ctypes.c_int64,)
         library.tw_run.restype = ctypes.c_int64
@@ -56,14 +65,22 @@ class Team:
             *[ctypes.c_void_p] * 2,
             ctypes.c_int64,
         )
+        library.tw_run_pieces.restype = ctypes.c_int64
+        library.tw_run_pieces.argtypes = (*library.tw_run.argtypes, ctypes.c_void_p)
         self._library = library
 
     def run(
-        self, launches: ctypes.Array[LaunchRecord], values: int, scratch: int, scratch_stride: int
+        self,
+        launches: ctypes.Array[LaunchRecord],
+        values: int,
+        scratch: int,
+        scratch_stride: int,
+        pieces: PiecesRecord | None = None,
     ) -> int:
         """Run the launches in order; the number of the first that met an illegal index, or -1.
 
         values: address of the pointer table. scratch: address of `threads` pieces of `scratch_stride` bytes.
+        pieces: of a batch; the threads run each of them alone.
         """
         with self._lock:
             if self._owner != os.getpid():
@@ -71,8 +88,9 @@ class Team:
                 self._owner = os.getpid()
                 self._handle = self._library.tw_team_new(self.threads) if self.threads > 1 else None
             args = (ctypes.addressof(launches), len(launches), values, scratch, scratch_stride)
-            result: int = self._library.tw_run(self._handle, *args)
-        return result
+            if pieces is None:
+                return int(self._library.tw_run(self._handle, *args))
+            return int(self._library.tw_run_pieces(self._handle, *args, ctypes.addressof(pieces)))
 
     def forget_lock(self) -> None:
         """In a child process: a lock that another thread of the parent held would never be released."""
