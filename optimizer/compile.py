@@ -26,8 +26,9 @@ from torchweld.graph.fusion import Measure
 from torchweld.graph.groups import Group, GroupGraph
 from torchweld.graph.index import evaluate
 from torchweld.graph.match import rank_of
+from torchweld.graph.padding import Padding, check_padding
 from torchweld.graph.program import Program, source_line
-from torchweld.graph.rewrite import Pass
+from torchweld.graph.rewrite import Pass, Refusal
 from torchweld.graph.target import Target
 from torchweld.optimizer.environment import apply_logs, read_environment
 from torchweld.optimizer.ledger import Fallback, LaunchRecord, Ledger
@@ -41,6 +42,7 @@ from torchweld.optimizer.pipeline import (
     timed,
 )
 from torchweld.optimizer.report import Report
+from torchweld.optimizer.skip_padding import run_without_padding
 from torchweld.optimizer.stages import StageWriter
 
 log = logging.getLogger(__name__)
@@ -119,6 +121,13 @@ class Compiled:
             with torch.no_grad():
                 result = self.program.graph_module(*flat_inputs)
             return tuple(result)
+        if self.report.padding is not None:
+            return run_without_padding(self._run, flat_inputs, self.report.padding)
+        return self._run(*flat_inputs)
+
+    def _run(self, *flat_inputs: object) -> tuple[object, ...]:
+        """One call of the executable."""
+        assert self.executable is not None and self.built is not None
         tensors = [flat_inputs[position] for position in self.built.tensor_inputs]
         values = self.executable(*tensors)  # type: ignore[arg-type]
         return tuple(constant if at is None else values[at] for at, constant in self.built.results)
@@ -208,11 +217,21 @@ def make_report(compiled: Compiled, name: str, target: Target) -> Report:
                 fallbacks.append(_fallback(compiled.fused.groups[number], step, layers[number]))
     if compiled.eager_reason is not None:
         fallbacks = [Fallback("the whole program", compiled.eager_reason)]
+    padding = check_padding(compiled.program)
     return Report(
         model=name, target=target, sizes=tuple(sorted(compiled.hints.items())), passes=tuple(compiled.ledger.passes),
         masks=tuple(compiled.ledger.masks),
         launches=tuple(launches), fallbacks=tuple(fallbacks), phases=tuple(compiled.ledger.phases),
+        padding=padding if isinstance(padding, Padding) else None,
+        padding_kept=_padding_sentence(padding),
     )  # fmt: skip
+
+
+def _padding_sentence(found: Padding | Refusal) -> str:
+    """Why padding is computed, of a program that has a mask of it."""
+    if isinstance(found, Padding) or found.node is None or found.reason.startswith("no input"):
+        return ""
+    return f"{found.reason}: {found.node.name} {source_line(found.node)}".strip()
 
 
 def _launch_record(

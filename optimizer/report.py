@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from rich.console import Console
 
+from torchweld.graph.padding import Padding
 from torchweld.graph.target import Target
 from torchweld.optimizer.ledger import (
     Fallback,
@@ -52,6 +53,8 @@ class Report:
     max_relative_error: against float64, relative to the row's largest magnitude; None if it was not checked.
     rank_correlation: Spearman's, modelled against measured times per kernel; None if it was not profiled.
     arena_bytes: activations' memory plan at these sizes; None without a compiled executable.
+    padding: which inputs are cut to the length of the sentences, where that was proved to change no result.
+    padding_kept: why not, where there is a mask.
     library: products of many rows that were timed against ATen, or why not.
     """
 
@@ -67,6 +70,8 @@ class Report:
     rank_correlation: float | None = None
     arena_bytes: int | None = None
     library: tuple[LibraryRecord, ...] = ()
+    padding: Padding | None = None
+    padding_kept: str = ""
 
     @property
     def kernels(self) -> tuple[KernelRecord, ...]:
@@ -108,6 +113,10 @@ class Report:
             lines.append(("rank correlation", f"{self.rank_correlation:.2f} (modelled, measured)"))
         if self.arena_bytes is not None:
             lines.append(("activations", f"{self.arena_bytes / 1e6:.2f} MB"))
+        if self.padding is not None:
+            lines.append(("padding", "is not computed: proved not to reach the results"))
+        elif self.padding_kept:
+            lines.append(("padding", f"is computed: {self.padding_kept}"))
         return tuple(lines)
 
     def title(self) -> str:
