@@ -62,9 +62,11 @@ extern "C" void bf16_%(f)s(const float* a, int64_t stride, int64_t rows, const f
         for (int64_t i = 0; i < count; ++i) tw_round_row(a + (r + i) * stride, stride, i, half);
         for (int64_t c = 0; c < columns; c += 64) {
             const int64_t width = tw_least<int64_t>(64, columns - c);
-            tw_packed_bf16<tw_R16_%(f)s>(half, stride, count,
-                                        base + c / 16 * tw_group_bytes<tw_R16_%(f)s>(steps), width,
-                                        steps, tile, 64, room);
+            const uint8_t* const w = tw_bf16_weights<tw_R16_%(f)s>(
+                base + c / 16 * tw_group_bytes<tw_R16_%(f)s>(steps), width, steps, room);
+            tw_tiles_on();
+            tw_bf16_matmul(half, stride, count, w, width, steps, tile, 64);
+            tw_tiles_off();
             for (int64_t i = 0; i < count; ++i)
                 for (int64_t j = 0; j < width; ++j) out[(r + i) * columns + c + j] = tile[i * 64 + j];
         }

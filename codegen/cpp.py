@@ -19,7 +19,7 @@ from torchweld.codegen.cpp_attention import print_attention_part
 from torchweld.codegen.cpp_attention_room import SharedRoom
 from torchweld.codegen.cpp_best import ListRoom
 from torchweld.codegen.cpp_fingerprint import fingerprint, merge_equal_terms
-from torchweld.codegen.cpp_matmul import print_matmul_part
+from torchweld.codegen.cpp_matmul import READY, PrintedPart, print_matmul_part
 from torchweld.codegen.cpp_names import PrintError
 from torchweld.codegen.cpp_packed import Precision
 from torchweld.codegen.cpp_row import print_row_part
@@ -88,16 +88,21 @@ def print_kernel(kernel: Kernel, taken: Collection[str] = (), precision: Precisi
     while name in taken:
         name = names.namer.fresh(kernel.name)
     body = buffer_lines(kernel, names)
+    if any(isinstance(part, MatmulPart) for part in kernel.parts):
+        body.append(f"int64_t {READY} = -1;  // the block of rows that the scratch memory holds")
+    rows = ""
     scratch: list[Expr] = []
     shared: list[SharedRoom | ListRoom] = []
     for part in kernel.parts:
         try:
-            lines, room = _print_part(kernel, names, part, shared, precision)
+            printed = _print_part(kernel, names, part, shared, precision)
         except PrintError as error:
             raise PrintError(f"kernel {kernel.name}: {error}") from error
-        scratch.append(sympy.sympify(room))
+        scratch.append(sympy.sympify(printed.scratch))
         title = " ".join(f"{type(part).__name__}: {_stores(part)}".split())
-        body += ["", f"{{  // {title}", *indented(lines), "}"]
+        lines = [f"{READY} = -1;"] if printed.rows and printed.rows != rows else []
+        rows = printed.rows
+        body += ["", f"{{  // {title}", *indented([*lines, *printed.lines]), "}"]
     head = [f"// {kernel.name}: {', '.join(kernel.ops)}"] if kernel.ops else [f"// {kernel.name}"]
     text = "\n".join([*head, f'extern "C" void {name}({SIGNATURE}) {{', *indented(body), "}", ""])
     return PrintedKernel(name, text, tuple(scratch), tuple(shared))
@@ -133,7 +138,7 @@ def _print_part(
     part: Part,
     shared: list[SharedRoom | ListRoom],
     precision: Precision,
-) -> tuple[list[str], Expr | int]:
+) -> PrintedPart:
     place = len(kernel.buffers) + len(shared)
     if isinstance(part, MatmulPart):
         if part.choices:
@@ -142,8 +147,8 @@ def _print_part(
     if isinstance(part, AttentionPart):
         lines, scratch, room = print_attention_part(kernel, names, part, place, precision)
         shared.append(room)
-        return lines, scratch
-    return print_row_part(kernel, names, part)
+        return PrintedPart(lines, scratch)
+    return PrintedPart(*print_row_part(kernel, names, part))
 
 
 def _stores(part: Part) -> str:

@@ -3,16 +3,19 @@
     for each (batch, block of rows):            shared out among the threads together with the blocks of columns
         row binds and A rows -> scratch         prologue: casts, norms, gathers
         for each block of columns:
-            for each contract: sums of the block (matmul.h)
-            for each row: stores over the columns of the block, vectorized; or a search of them (cpp_best.py)
+            for each piece of the rows:         all rows; packed_bf16.h says how many in bfloat16
+                for each contract: sums of the piece (matmul.h)
+                for each row: stores over the columns of the block, vectorized; or a search of them (cpp_best.py)
 
 A row's sums are taken in an order that depends on k only (see matmul.h), so rows do not influence each other.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import sympy
 import torch
@@ -21,6 +24,7 @@ from torchweld.codegen.cpp_best import BestPrinter
 from torchweld.codegen.cpp_names import HALVES, PrintError, converted, unwrapped, value_type
 from torchweld.codegen.cpp_operand import StoredRow, padded, runs_along, stored_row
 from torchweld.codegen.cpp_packed import (
+    MOST_PIECE_ROWS,
     Copies,
     Precision,
     allocate_copies,
@@ -30,6 +34,7 @@ from torchweld.codegen.cpp_packed import (
     narrow_rows,
     product_lines,
     product_text,
+    weight_lines,
 )
 from torchweld.codegen.cpp_segments import piece_length
 from torchweld.codegen.cpp_terms import Emitter
@@ -53,7 +58,7 @@ class _Product:
     panel: _Panel
     stored: StoredRow | None
     name: str
-    scales: str  # of the columns of a block, for weights that have one per row
+    weights: str  # the columns of the block as tiles, for packed weights: in bfloat16; with a scale per row, the scales
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,27 @@ class _Panel:
     copies: Copies | None  # of the rows in other precisions, for packed weights
 
 
+READY: Final = "tw_ready"
+"""The variable of a kernel that says which block of rows the scratch memory holds, or -1."""
+
+
+@dataclass(frozen=True)
+class PrintedPart:
+    """The statements of a part and the bytes of scratch memory per thread that they need.
+
+    rows: of a MatmulPart, what decides which rows are written where in scratch memory. Directly behind a part with an
+    equal one the rows need not be written again: READY stays as it is.
+    """
+
+    lines: list[str]
+    scratch: Expr | int
+    rows: str = ""
+
+
 def print_matmul_part(
     kernel: Kernel, names: KernelNames, part: MatmulPart, precision: Precision = "f32", place: int = 0
-) -> tuple[list[str], Expr]:
-    """The statements of the part and the bytes of scratch memory per thread that they need.
-
-    place: where the lists of a search come among the buffers.
-    """
+) -> PrintedPart:
+    """The part as C++, in a place where READY is declared; `place`: of a search's lists among the buffers."""
     return _MatmulPrinter(kernel, names, part, precision, place).print()
 
 
@@ -85,6 +104,7 @@ class _MatmulPrinter:
     ) -> None:
         self.kernel, self.names, self.part, self.precision = kernel, names, part, precision
         self.search = BestPrinter(part, place) if part.choices else None
+        self.others = names.namer.taken
         self.real = self._real()
         self.kind = value_type(self.real)
         self.emitter = Emitter(kernel, names)
@@ -123,9 +143,9 @@ class _MatmulPrinter:
             if key not in panels:
                 panels[key] = self._panel(contract, list(rows.values()))
             row = rows[bind.name]
-            fresh = self.names.namer.fresh
-            name, scales = fresh(f"{bind.name}_sums"), fresh(f"{bind.name}_column_scales")
-            products.append(_Product(bind, contract, panels[key], row, name, scales))
+            name = self.names.namer.fresh(f"{bind.name}_sums")
+            weights = self.names.namer.fresh(f"{bind.name}_half")
+            products.append(_Product(bind, contract, panels[key], row, name, weights))
         return products
 
     def _panel(self, contract: Contract, rows: Sequence[StoredRow | None]) -> _Panel:
@@ -155,23 +175,37 @@ class _MatmulPrinter:
 
     # -- pieces -----------------------------------------------------------------------------------------------------
 
-    def print(self) -> tuple[list[str], Expr]:
+    def print(self) -> PrintedPart:
         """The whole part."""
         self._sizes()
-        self._room()
-        body = self._unit()
+        self._room_of_rows()
+        prologue, batch = self._prologue(), self.emitter.unflatten("block / row_blocks", self.part.batch)
+        rows = self._without_own_names([*self.lines, *batch, *prologue])
+        self._columns()
+        self._room_of_sums()
+        body = self._unit(prologue)
         if self.search is not None:
             self.lines += self.search.begin()
         self.lines += [
             "const tw_range share = tw_share(batch * row_blocks * column_blocks, thread, threads);",
-            "int64_t ready = -1;  // the block of rows that the scratch memory holds",
             "for (int64_t unit = share.begin; unit < share.end; ++unit) {",
             *indented(body),
             "}",
         ]
         if self.search is not None:
             self.lines += self.search.end(self._scope(()))
-        return self.lines, self.scratch
+        return PrintedPart(self.lines, self.scratch, rows)
+
+    def _without_own_names(self, lines: Sequence[str]) -> str:
+        """The lines with numbers for the names that were made for this part."""
+        numbers: dict[str, str] = {}
+
+        def numbered(found: re.Match[str]) -> str:
+            name = found[0]
+            return name if name in self.others else numbers.setdefault(name, f"${len(numbers)}")
+
+        own = "|".join(sorted(self.names.namer.taken - self.others))
+        return re.sub(rf"\b({own})\b", numbered, "\n".join(lines))
 
     def _sizes(self) -> None:
         emitter, part = self.emitter, self.part
@@ -179,10 +213,14 @@ class _MatmulPrinter:
         self.lines += [
             f"const int64_t batch = {emitter.extents(part.batch)};",
             f"const int64_t rows = {emitter.extents(part.rows)};",
-            f"const int64_t columns = {unwrapped(emitter.index(part.n.extent))};",
             *([f"const bool narrow = {copies_replace_rows(stored)};"] if self.is_narrow else []),
             f"const int64_t row_blocks = tw_blocks(rows, {self._rows_per_unit()});",
             "const int64_t block_rows = row_blocks ? tw_blocks(tw_blocks(rows, row_blocks), 4) * 4 : 4;",
+        ]
+
+    def _columns(self) -> None:
+        self.lines += [
+            f"const int64_t columns = {unwrapped(self.emitter.index(self.part.n.extent))};",
             f"const int64_t block_columns = {self._columns_per_unit()};",
             "const int64_t column_blocks = tw_blocks(columns, block_columns);",
         ]
@@ -203,7 +241,7 @@ class _MatmulPrinter:
         )
         self.scratch = sympy.expand(self.scratch + bytes_)
 
-    def _room(self) -> None:
+    def _room_of_rows(self) -> None:
         done: set[str] = set()
         for product in self.products:
             panel = product.panel
@@ -219,18 +257,26 @@ class _MatmulPrinter:
                     allocate_copies(
                         self._allocate, panel.copies, panel.width, self.most_rows, self.block_rows
                     )
+        for bind in self.part.row_binds:
+            kind = value_type(bind.term.dtype)
+            self._allocate(self.row_names[bind.name], kind, 8, sympy.Integer(self.most_rows))
+
+    def _rows_of_sums(self) -> int:
+        """Rows that products write at most: tiles are 32 rows high."""
+        return -(-max(self.block_rows, MOST_PIECE_ROWS) // 32) * 32 if self.is_narrow else self.block_rows
+
+    def _room_of_sums(self) -> None:
+        for product in self.products:
+            panel = product.panel
             self._allocate(
                 product.name,
                 self.kind,
                 self.real.itemsize,
-                sympy.Integer(self.most_rows * self.block_columns),
+                sympy.Integer(self._rows_of_sums() * self.block_columns),
             )
-            if product.stored is not None and product.stored.is_whole:
-                self._allocate(product.scales, "float", 4, sympy.Integer(self.block_columns))
-        if any(product.panel.copies is not None and product.panel.copies.half for product in self.products):
-            widest = max(int(product.panel.width) for product in self.products)
-            room = sympy.Integer(widest // 32 * self.block_columns // GROUP * 1024)
-            self._allocate("unpacked", "uint8_t", 1, room)
+            if self.is_narrow:
+                room = panel.width // 32 * self.block_columns // GROUP * 1024
+                self._allocate(f"{product.weights}_room", "uint8_t", 1, room)
         # One width as a rule; of several (they may hold sizes) the sum is enough for each.
         decoded_rows: dict[Expr, int] = {}
         for product in self.products:
@@ -241,27 +287,45 @@ class _MatmulPrinter:
         room = sum((width * rows for width, rows in decoded_rows.items()), start=sympy.Integer(0))
         if decoded_rows:
             self._allocate("decoded", self.kind, self.real.itemsize, room)
-        for bind in self.part.row_binds:
-            kind = value_type(bind.term.dtype)
-            self._allocate(self.row_names[bind.name], kind, 8, sympy.Integer(self.most_rows))
 
-    def _unit(self) -> list[str]:
-        emitter, part = self.emitter, self.part
+    def _unit(self, prologue: list[str]) -> list[str]:
         lines = [
             "const int64_t block = unit / column_blocks;",
             "const int64_t first_row = block % row_blocks * block_rows;",
             "const int64_t block_end = tw_least(first_row + block_rows, rows);",
             "const int64_t first_column = unit % column_blocks * block_columns;",
             "const int64_t width = tw_least<int64_t>(block_columns, columns - first_column);",
-            *emitter.unflatten("block / row_blocks", part.batch),
-            "if (block != ready) {",
-            "    ready = block;",
-            *indented(self._prologue()),
+            *self.emitter.unflatten("block / row_blocks", self.part.batch),
+            f"if (block != {READY}) {{",
+            f"    {READY} = block;",
+            *indented(prologue),
             "}",
         ]
+        body: list[str] = []
         for product in self.products:
-            lines += ["{", *indented(self._product(product)), "}"]
-        return lines + self._epilogue()
+            body += ["{", *indented(self._product(product)), "}"]
+        body += self._epilogue()
+        return lines + (self._in_pieces(body) if self.is_narrow else body)
+
+    def _in_pieces(self, body: list[str]) -> list[str]:
+        """`body` for pieces of the rows that are small enough for their sums to stay in the L1 cache."""
+        weights: list[str] = []
+        for product in self.products:
+            if product.stored is None or not product.stored.packed:
+                continue
+            base, room = self._first_group(product.stored), f"{product.weights}_room"
+            weights += weight_lines(product.stored, base, product.panel.stride, product.weights, room)
+        head = "for (int64_t piece = 0; first_row + piece < block_end; piece += piece_rows) {"
+        end = "const int64_t piece_end = tw_least(piece + piece_rows, block_end - first_row);"
+        return [
+            *weights,
+            "const int64_t piece_rows = narrow ? tw_bf16_piece : block_rows;",
+            "if (narrow) tw_tiles_on();",
+            head,
+            *indented([end, *body]),
+            "}",
+            "if (narrow) tw_tiles_off();",
+        ]
 
     def _prologue(self) -> list[str]:
         part = self.part
@@ -300,7 +364,8 @@ class _MatmulPrinter:
             emitter.line(f"for (int64_t {k} = {extent}; {k} < {panel.stride}; ++{k}) {row} = 0;")
         if panel.sums is not None:
             place = f"{panel.sums} + {at} * ({panel.stride} / 32)"
-            emitter.line(f"tw_sum_runs({panel.name} + {at} * {panel.stride}, {panel.stride}, {place});")
+            few = "if (!narrow) " if panel.copies is not None else ""
+            emitter.line(f"{few}tw_sum_runs({panel.name} + {at} * {panel.stride}, {panel.stride}, {place});")
         if panel.copies is not None:
             for line in copy_lines(panel.copies, f"{panel.name} + {at} * {panel.stride}", panel.stride):
                 emitter.line(line)
@@ -343,11 +408,13 @@ class _MatmulPrinter:
 
     def _packed_product(self, product: _Product, stored: StoredRow) -> list[str]:
         panel = product.panel
-        base = stored.first_group(self._scope(()), self.part.n, "first_column")
+        base = self._first_group(stored)
         sums = panel.sums if stored.has_offset else panel.name  # not read where there is no offset
         a = (panel.name, panel.stride, str(sums))
-        out, width = product.name, self.block_columns
-        return product_lines(stored, base, a, panel.copies, out, width, "unpacked", product.scales)
+        return product_lines(stored, base, a, panel.copies, product.name, self.block_columns, product.weights)
+
+    def _first_group(self, stored: StoredRow) -> str:
+        return stored.first_group(self._scope(()), self.part.n, "first_column")
 
     def _fill_columns(self, emitter: Emitter, product: _Product) -> None:
         """Write the columns of the block out as rows of numbers along k."""
@@ -386,7 +453,8 @@ class _MatmulPrinter:
         n = emitter.axis(part.n)
         for product in self.products:
             copies, width = product.panel.copies, self.block_columns
-            text = product_text(product.stored, copies, product.name, width, product.scales)
+            row = "(r - piece)" if self.is_narrow else "r"
+            text = product_text(product.stored, copies, product.name, f"{row} * {width} + j", product.weights)
             if product.contract.dtype in HALVES:
                 text = f"tw_round_{HALVES[product.contract.dtype]}({text})"
             self._reload(emitter, product.bind.name, text, product.contract.dtype)
@@ -403,8 +471,8 @@ class _MatmulPrinter:
             *emitter.pop(),
             *(inner if self.search is None else self.search.around(inner, self.block_columns)),
         ]
-        loop = ["for (int64_t r = 0; first_row + r < block_end; ++r) {", *indented(body), "}"]
-        return emitter.pop() + loop
+        first = "r = piece; r < piece_end" if self.is_narrow else "r = 0; first_row + r < block_end"
+        return [*emitter.pop(), f"for (int64_t {first}; ++r) {{", *indented(body), "}"]
 
     def _reload(self, emitter: Emitter, ref: str, text: str, dtype: torch.dtype) -> None:
         name = self.names.namer.fresh(ref)

@@ -67,6 +67,11 @@ class Namer:
         self._taken.add(name)
         return name
 
+    @property
+    def taken(self) -> frozenset[str]:
+        """The identifiers given out so far, and the words that are none."""
+        return frozenset(self._taken)
+
 
 def storage_type(dtype: torch.dtype) -> str:
     """The C++ type of an element in memory; 16-bit floats are their bits."""

@@ -27,6 +27,8 @@ Precision = Literal["f32", "bf16", "int8"]
 PRECISIONS: Final = ("f32", "bf16", "int8")
 FEW_ROWS: Final = 16
 """The greatest number of rows whose bits must not depend on their number: what a step of decoding verifies."""
+MOST_PIECE_ROWS: Final = 48
+"""The greatest tw_bf16_piece of packed_bf16.h."""
 _NARROW_BYTES: Final = 1 << 20  # A rows in bfloat16: they stay in an L2 cache of 2 MiB
 _MOST_NARROW_ROWS: Final = 256
 
@@ -117,14 +119,27 @@ def copy_lines(copies: Copies, row: str, stride: str) -> list[str]:
     return lines
 
 
-def product_text(
-    stored: StoredRow | None, copies: Copies | None, out: str, out_stride: int, scales: str
-) -> str:
-    """The C++ value of the product of row r and column j of a block; `scales`: as in `product_lines`."""
-    at = f"r * {out_stride} + j"
+def weight_lines(stored: StoredRow, base: str, stride: str, name: str, room: str) -> list[str]:
+    """The weights of a block of columns as bfloat16 tiles, unpacked into `room` where they are stored otherwise.
+
+    Of weights with one scale per row: these scales, in `room`.
+    """
+    if stored.is_whole:
+        return [
+            f"const float* const {name} = (const float*){room};",
+            f"tw_whole_scales({base}, width, {stride} / 32, (float*){room});",
+        ]
+    return [
+        f"const uint8_t* const {name} = !narrow ? nullptr :",
+        f"    tw_bf16_weights<tw_{stored.format}>({base}, width, {stride} / 32, {room});",
+    ]
+
+
+def product_text(stored: StoredRow | None, copies: Copies | None, out: str, at: str, weights: str) -> str:
+    """The C++ value of the product of row r and column j of a block, whose sum is out[at]."""
     if copies is None or stored is None or not stored.is_whole:
         return f"{out}[{at}]"
-    return f"tw_whole_product({out}, {at}, {copies.whole_scales}[r], {scales}[j])"
+    return f"tw_whole_product({out}, {at}, {copies.whole_scales}[r], {weights}[j])"
 
 
 def product_lines(
@@ -134,19 +149,21 @@ def product_lines(
     copies: Copies | None,
     out: str,
     out_stride: int,
-    room: str,
-    scales: str,
+    weights: str,
 ) -> list[str]:
-    """The product of the rows of a block with the columns of a block; `a` are the rows, their stride and their sums.
+    """The product of the rows of a piece with the columns of a block; `a` are the rows, their stride and their sums.
 
-    room: for unpacked weights.  scales: where those of the columns go, of weights that have one per row.
+    The rows are those from `piece` to `piece_end` of the block; a piece is the whole block where they are float.
     """
     panel, stride, sums = a
-    rows, steps = "block_end - first_row", f"{stride} / 32"
+    steps = f"{stride} / 32"
+    rows = "block_end - first_row" if copies is None else "piece_end"
     if copies is not None and stored.is_whole:
         return [
-            f"tw_packed_whole({copies.whole}, {rows}, {copies.whole_sums}, {base}, width, {steps},",
-            f"    {out}, {out_stride}, {scales});",
+            "if (!narrow) tw_tiles_on();",
+            f"tw_packed_whole({copies.whole}, {copies.whole_sums}, piece, piece_end, {base}, width, {steps},",
+            f"    {out}, {out_stride});",
+            "if (!narrow) tw_tiles_off();",
         ]
     plain = [
         f"tw_packed_matmul<tw_{stored.format}>({panel}, {stride}, {rows}, {sums},",
@@ -156,8 +173,8 @@ def product_lines(
         return plain
     lines = [
         "if (narrow) {",
-        f"    tw_packed_bf16<tw_{stored.format}>({copies.half}, {stride}, {rows}, {base}, width, {steps},",
-        f"        {out}, {out_stride}, {room});",
+        f"    tw_bf16_matmul({copies.half} + piece * {stride}, {stride}, piece_end - piece, {weights}, width,",
+        f"        {steps}, {out}, {out_stride});",
     ]
     if copies.codes is not None and stored.has_codes:
         lines += [

@@ -140,7 +140,6 @@ static inline void tw_whole_tile_of_16(const int8_t* a, int64_t tiles, const uin
 static bool tw_whole_by_tiles(const int8_t* a, int64_t tiles, int64_t rows, const uint8_t* w, int64_t group_bytes,
                               int64_t groups, int32_t* out, int64_t out_stride) {
     if (!tw_has_int8_tiles()) return false;
-    asm volatile("ldtilecfg %0" ::"m"(tw_tiles_of_16) : "memory");
     for (int64_t r = 0; r < rows; r += 32) {
         const int8_t* const own = a + r * tiles * 64;
         int32_t* const to = out + r * out_stride;
@@ -159,7 +158,6 @@ static bool tw_whole_by_tiles(const int8_t* a, int64_t tiles, int64_t rows, cons
                                        to + 16 * out_stride + 16 * g, out_stride);
         }
     }
-    asm volatile("tilerelease" ::: "memory");
     return true;
 }
 #else
@@ -229,15 +227,17 @@ static inline void tw_whole_by_vectors(const int8_t* a, int64_t tiles, int64_t r
         for (int g = 0; g < G; ++g) *(tw_i16_any*)(out + (r + i) * out_stride + 16 * g) = s[i][g];
 }
 
-// The sums of the rows of a block with the columns of a block, and the scales of these columns.
-__attribute__((noinline)) static void tw_packed_whole(const int8_t* a, int64_t rows, const int32_t* sums,
+// The sums of rows `first` (of a whole tile) to `end` of a panel with the columns of a block. Between tw_tiles_on and
+// tw_tiles_off.
+__attribute__((noinline)) static void tw_packed_whole(const int8_t* a, const int32_t* sums, int64_t first, int64_t end,
                                                       const uint8_t* base, int64_t columns, int64_t steps, float* to,
-                                                      int64_t out_stride, float* scales) {
-    const int64_t groups = tw_blocks(columns, 16), tiles = tw_blocks(steps, 2);
+                                                      int64_t out_stride) {
+    const int64_t groups = tw_blocks(columns, 16), tiles = tw_blocks(steps, 2), rows = end - first;
     const int64_t group_bytes = tw_group_bytes<tw_R16_I8>(steps);
     const uint8_t* const w = base + 64;
     int32_t* const out = (int32_t*)to;
-    tw_whole_scales(base, columns, steps, scales);
+    a += first * tiles * 64;
+    sums += first;
     if (tw_whole_by_tiles(a, tiles, rows, w, group_bytes, groups, out, out_stride)) return;
     int64_t g = 0;
     for (; g + 2 <= groups; g += 2)
