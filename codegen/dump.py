@@ -23,7 +23,7 @@ from pathlib import Path
 from torchweld.codegen.cache import Cache
 from torchweld.codegen.dump_text import kernel_file
 from torchweld.codegen.gpu_build import GpuBuild, build_for_gpus
-from torchweld.codegen.ir import Kernel
+from torchweld.codegen.ir import Kernel, MatmulPart
 from torchweld.codegen.triton import TritonKernel, build_triton
 from torchweld.codegen.triton_schedule import MAX_SHRINK
 from torchweld.graph.target import GpuTarget
@@ -87,7 +87,10 @@ def dump_all(
     are written once, with all their uses.  Raises ValueError for two different kernels of one name, KeyError for a
     size without a value, OSError where `out` cannot be written.
     """
-    entries = _merge(dumps)
+    everything = _merge(dumps)
+    # Triton has no words for a search yet: such a kernel is named among the problems, and only its C++ is written.
+    searches = [entry for entry in everything if _has_search(entry.kernel)]
+    entries = [entry for entry in everything if not _has_search(entry.kernel)]
     printed, builds = fit_kernels([entry.kernel for entry in entries], targets, workers, cache)
     out.mkdir(parents=True, exist_ok=True)
     files = []
@@ -100,6 +103,9 @@ def dump_all(
         files.append(path)
         if entry.cpp_source is not None:
             path.with_suffix(".cpp").write_text(entry.cpp_source, encoding="utf-8")
+    for entry in searches:
+        if entry.cpp_source is not None:
+            (out / f"{entry.kernel.name}.cpp").write_text(entry.cpp_source, encoding="utf-8")
     backends = {target.name: target.backend for target in targets}
     for build in builds:
         if build.binary:
@@ -109,7 +115,12 @@ def dump_all(
             Path(f"{stem}{binary_suffix}").write_bytes(build.binary)
     _write_resources(out, builds)
     problems = tuple(f"{b.kernel} for {b.target}: {b.problem}" for b in builds if b.problem is not None)
+    problems += tuple(f"{e.kernel.name}: searches its products, which has no Triton yet" for e in searches)
     return DumpResult(tuple(files), tuple(builds), problems)
+
+
+def _has_search(kernel: Kernel) -> bool:
+    return any(isinstance(part, MatmulPart) and part.choices for part in kernel.parts)
 
 
 def _merge(dumps: Sequence[KernelDump]) -> list[KernelDump]:

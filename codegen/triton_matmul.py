@@ -26,6 +26,11 @@ from torchweld.graph.terms import Axis, Contract, Load, Op, Term
 
 def print_matmul(printer: FoldPrinter, part: MatmulPart, schedule: Schedule) -> None:
     """The body of a function that runs program `pid` of a MatmulPart; the tiles of one column are neighbours."""
+    if part.choices:
+        raise NotImplementedError(
+            f"{part.choices[0].name}: a search of a matmul's products has no Triton yet; "
+            "leave fuse_vertical out, and the products are stored"
+        )
     writer = printer.writer
     printer.frame = Frame(2)
     m_tiles = writer.let("row_tiles", ceil_div(printer, part.rows, schedule.block_rows))

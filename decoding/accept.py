@@ -14,7 +14,7 @@ source: Leviathan et al. 2023 and Chen et al. 2023 (one guess), Miao et al. 2024
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,17 +51,34 @@ def judge(proposal: Proposal, logits: Tensor, text: Sequence[int], warp: Warp, c
     logits [1 + candidates, V], row 0 those behind `text` (which ends with the pending token), row i + 1 those behind
     guess i. The warp sees the text as far as it is accepted, so that penalties are those of plain decoding.
     """
+
+    def pick(row: int, siblings: Sequence[int], path: Sequence[int]) -> int:
+        if warp.is_greedy:
+            return warp.choose(logits[row], path)
+        return _settle(warp.distribution(logits[row], path), proposal, siblings, chance)
+
+    return _walk(proposal, text, pick)
+
+
+def judge_greedy(proposal: Proposal, text: Sequence[int], token_of: Callable[[int, int], int]) -> Verdict:
+    """As `judge` where the most likely token always wins: token_of(row, length) is that of a row of the pass, behind a
+    text of `length` tokens."""
+    return _walk(proposal, text, lambda row, siblings, path: token_of(row, len(path)))
+
+
+Pick = Callable[[int, Sequence[int], Sequence[int]], int]
+"""(row of the pass, guesses for its place, text so far) -> the token there."""
+
+
+def _walk(proposal: Proposal, text: Sequence[int], pick: Pick) -> Verdict:
+    """The verdict where `pick` says which token follows."""
     path = list(text)
     accepted: list[int] = []
     # Guesses with the same tokens before them stand for one place of the text: all their children are siblings.
     places = [ROOT]
     while True:
         siblings = _children(proposal, places)
-        row = logits[places[0] + 1]
-        if warp.is_greedy:
-            token = warp.choose(row, path)
-        else:
-            token = _settle(warp.distribution(row, path), proposal, siblings, chance)
+        token = pick(places[0] + 1, siblings, path)
         path.append(token)
         places = [guess for guess in siblings if proposal.tokens[guess] == token]
         if not places:

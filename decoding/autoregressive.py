@@ -1,7 +1,7 @@
 """Plain decoding: one token per pass and sequence, for one text or a batch of texts of different lengths.
 
     logits = model.prefill(prompts)                  [B, V]
-    while any text goes on:
+    while any text goes on:                          (greedy: the head chooses, and gives no logits)
         token  = choose(logits)                      one per text
         logits = model.step(token)                   [B, 1, V]; a finished text is fed nothing
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from torchweld.decoding.chance import Chance
+from torchweld.decoding.choices import Chooser, may_choose
 from torchweld.decoding.logits import log_probability
 from torchweld.decoding.request import (
     Finish,
@@ -81,23 +82,27 @@ class _Batch:
             yield from self._give(alive, tokens, logits)
             while alive := [number for number in alive if number not in self.finished]:
                 begin = self.clock()
-                logits = self._step(alive)
-                tokens = self._choose(alive, logits)
+                tokens, read = self._next(alive)
                 seconds = self.clock() - begin
                 count = len(alive)
                 self.log.passes.append(Pass(count, 0, 0, count, False, 0.0, seconds))
-                yield from self._give(alive, tokens, logits)
+                yield from self._give(alive, tokens, read)
         finally:
             lengths = [max(len(r.prompt), len(t) - 1) for r, t in zip(self.requests, self.texts, strict=True)]
             roll_back(self.model, lengths)
 
-    def _step(self, alive: Sequence[int]) -> Tensor:
-        """Logits [B, V] behind the last token of every text that goes on; anything for the others."""
+    def _next(self, alive: Sequence[int]) -> tuple[list[int], Tensor | None]:
+        """The next token of every text that goes on, and where somebody reads them the logits [B, V] behind the last
+        tokens, anything for texts that are finished."""
         ids = torch.tensor([[text[-1]] for text in self.texts])
-        if len(alive) == len(self.texts):
-            return self.model.step(ids)[:, 0]
-        counts = [int(number in alive) for number in range(len(self.texts))]
-        return self.model.step(ids, counts=counts)[:, 0]
+        everything = len(alive) == len(self.texts)
+        counts = None if everything else [int(number in alive) for number in range(len(self.texts))]
+        model = self.model
+        if isinstance(model, Chooser) and all(may_choose(model, r.warp, r.logprobs) for r in self.requests):
+            choices = model.choose(ids, counts=counts)
+            return [choices.token(number, 0, len(self.texts[number])) for number in alive], None
+        logits = (model.step(ids) if counts is None else model.step(ids, counts=counts))[:, 0]
+        return self._choose(alive, logits), logits
 
     def _choose(self, alive: Sequence[int], logits: Tensor) -> list[int]:
         """The next token of every text that goes on."""
@@ -110,9 +115,11 @@ class _Batch:
             )
         return tokens
 
-    def _give(self, alive: Sequence[int], tokens: Sequence[int], logits: Tensor) -> Iterator[Given]:
+    def _give(self, alive: Sequence[int], tokens: Sequence[int], logits: Tensor | None) -> Iterator[Given]:
         for number, token in zip(alive, tokens, strict=True):
-            logprob = log_probability(logits[number], token) if self.requests[number].logprobs else None
+            logprob = None
+            if logits is not None and self.requests[number].logprobs:
+                logprob = log_probability(logits[number], token)
             self.texts[number].append(token)
             finish = self._finish(number, token)
             if finish is not None:

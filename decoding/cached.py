@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torchweld.codegen.cache import make_key
 from torchweld.codegen.cpp_packed import FEW_ROWS
 from torchweld.decoding.cache import SPARE_ROWS, Cache, CacheError
+from torchweld.decoding.choices import Choices, choices_of
 from torchweld.decoding.encoder import Encoded, Encoder
 from torchweld.decoding.greedy import DecodingError
 from torchweld.decoding.step_model import LogitsFor
@@ -32,6 +34,8 @@ __all__ = ["CacheError", "CachedModel", "NotDecodable", "derive", "normalised"]
 
 CHUNK = 512
 """Rows of a sequence that run at once: more would cost memory (activations, larger rings) and gain no speed."""
+NO_ROWS = torch.zeros(0, dtype=torch.int64)
+NO_CHOICES = Choices(torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64))
 GUESSES = 64
 """A step of so many rows may be one that verifies guesses: its larger ring stays until the next call, for truncate."""
 
@@ -71,6 +75,7 @@ class CachedModel:
         self.max_length = min(limits, default=None)
         self._tokens = step.token_limit
         self._steps = {False: compiled}
+        self._chooses = {False: step.chooses}
         self.cache = self._new_cache(1)
 
     @classmethod
@@ -132,7 +137,8 @@ class CachedModel:
     def compiled(self, *, is_tree: bool = False) -> Compiled:
         """The compiled step, with its report."""
         if is_tree not in self._steps:
-            _, self._steps[is_tree] = self._source.compiled(is_tree=is_tree)
+            step, self._steps[is_tree] = self._source.compiled(is_tree=is_tree)
+            self._chooses[is_tree] = step.chooses
         return self._steps[is_tree]
 
     def prefill(self, prompts: Sequence[Sequence[int]] | Tensor, **encoder_inputs: Tensor) -> Tensor:
@@ -169,11 +175,9 @@ class CachedModel:
         that are padding mean nothing. Raises CacheError for another batch and beyond the limit, DecodingError for
         arguments that do not fit, IndexError for a token out of range. The cache is then as it was.
         """
-        request = read_request(ids, counts, parents, logits_for, self._known_tokens())
-        self.cache.check_room(request.counts)
-        self._check_encoded(self._encoded, self.cache.batch)
+        request = self._request(ids, counts, parents, logits_for)
         if request.rows <= CHUNK or request.parents is not None:
-            return self._run(request)
+            return self._run(request)[0]
         before = self.cache
         self.cache = before.fork()
         try:
@@ -181,6 +185,38 @@ class CachedModel:
         except BaseException:
             self.cache = before
             raise
+
+    def choose(
+        self,
+        ids: Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+        parents: Sequence[int] | None = None,
+        logits_for: LogitsFor = "last",
+    ) -> Choices:
+        """As `step`, with the greatest logit and its token of every row that `step` would give the logits of.
+
+        No logits are stored where the output head can search its products; the choices are the same bits anyway.
+        """
+        request = self._request(ids, counts, parents, logits_for)
+        is_tree = request.parents is not None
+        self.compiled(is_tree=is_tree)
+        if request.rows > CHUNK or not self._chooses[is_tree]:
+            return choices_of(self.step(ids, counts=counts, parents=parents, logits_for=logits_for))
+        return self._run(request, is_choice=True)[1]
+
+    def _request(
+        self,
+        ids: Tensor,
+        counts: Sequence[int] | None,
+        parents: Sequence[int] | None,
+        logits_for: LogitsFor,
+    ) -> StepRequest:
+        """A step that was asked for, checked against what is cached."""
+        request = read_request(ids, counts, parents, logits_for, self._known_tokens())
+        self.cache.check_room(request.counts)
+        self._check_encoded(self._encoded, self.cache.batch)
+        return request
 
     def truncate(self, length: int | Sequence[int]) -> tuple[int, ...]:
         """Roll back to `length` positions; returns how many went, per sequence. CacheError where that is impossible."""
@@ -220,11 +256,14 @@ class CachedModel:
 
     def _feed(self, request: StepRequest, first: int = 0, last: int | None = None) -> Tensor:
         """Run a request in chunks of rows; its logits in the order that was asked for."""
-        parts = [self._run(part, first, last) for part in request.chunks(CHUNK)]
+        parts = [self._run(part, first, last)[0] for part in request.chunks(CHUNK)]
         return request.gather(parts, CHUNK)
 
-    def _run(self, request: StepRequest, first: int = 0, last: int | None = None) -> Tensor:
-        """One call of the compiled step for sequences `first` to `last`: logits [B, n, V]."""
+    def _run(
+        self, request: StepRequest, first: int = 0, last: int | None = None, *, is_choice: bool = False
+    ) -> tuple[Tensor, Choices]:
+        """One call of the compiled step for sequences `first` to `last`: logits [B, n, V], or choices [B, n]; the other
+        is of no rows."""
         cache = self.cache
         compiled = self.compiled(is_tree=request.parents is not None)
         here = range(cache.batch)[first:last]
@@ -236,7 +275,12 @@ class CachedModel:
         try:
             tensors = cache.tensors(first, last)
             encoded = self._encoded.part(first, last)
-            logits, *written = compiled(*request.inputs(lengths, self.max_length), *encoded, *tensors)
+            inputs = list(request.inputs(lengths, self.max_length))
+            if self._chooses[request.parents is not None]:
+                inputs[3:4] = [NO_ROWS, inputs[3]] if is_choice else [inputs[3], NO_ROWS]
+            results: list[Any] = list(compiled(*inputs, *encoded, *tensors))
+            logits, *written = results[: 1 + len(tensors)]
+            found = results[1 + len(tensors) :]
             if not all(map(is_, tensors, written)):
                 _keep_written(tensors, written)
             counts = dict(zip(here, request.counts, strict=True))
@@ -247,7 +291,11 @@ class CachedModel:
         if request.rows > GUESSES:
             cache.settle()
         assert isinstance(logits, Tensor)
-        return logits if len(lengths) == 1 else logits.reshape(len(lengths), -1, self.vocab_size)
+        if is_choice:
+            shape = len(lengths), request.wanted.shape[1]
+            scores, best = found
+            return logits, Choices(scores.reshape(shape), best.reshape(shape))
+        return logits if len(lengths) == 1 else logits.reshape(len(lengths), -1, self.vocab_size), NO_CHOICES
 
 
 def _keep_written(tensors: Sequence[Tensor], written: Sequence[object]) -> None:

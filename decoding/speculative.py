@@ -13,15 +13,17 @@ a pass is a step of plain decoding, so the controller may fall back at any time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
-from torchweld.decoding.accept import Verdict, check_proposal, judge
+from torchweld.decoding.accept import Verdict, check_proposal, judge, judge_greedy
 from torchweld.decoding.chance import Chance
+from torchweld.decoding.choices import Chooser, may_choose
 from torchweld.decoding.logits import as_array, log_probability
 from torchweld.decoding.request import (
     Finish,
@@ -35,6 +37,7 @@ from torchweld.decoding.statistics import Pass, PassLog
 from torchweld.decoding.step_model import (
     Budget,
     DecodingError,
+    LogitsFor,
     Outcome,
     Proposal,
     Proposer,
@@ -130,10 +133,10 @@ class _Loop:
         begin = self.clock()
         proposal, asked = self._propose()
         proposed = self.clock()
-        logits = _verify(self.model, self.text[-1], proposal)
-        verdict = judge(proposal, logits, self.text, self.request.warp, self.chance)
+        verdict, logits = self._judged(proposal)
         _commit(self.model, len(self.text) - 1, proposal, verdict)
-        outcome = Outcome(verdict.accepted, verdict.tokens[-1], verdict.rows[-1], _wanted(proposal, logits))
+        wanted = None if logits is None else _wanted(proposal, logits)
+        outcome = Outcome(verdict.accepted, verdict.tokens[-1], verdict.rows[-1], wanted)
         judged = self.clock()
         self._asked(lambda: self.proposer.observe(outcome))
         entry = Pass(
@@ -148,6 +151,20 @@ class _Loop:
         self.policy.record(entry)
         self.log.passes.append(entry)
         yield from self._give(verdict, logits)
+
+    def _judged(self, proposal: Proposal) -> tuple[Verdict, Tensor | None]:
+        """What the pass says of a proposal, and its logits where somebody reads them."""
+        model, request = self.model, self.request
+        ids, options = _pass(self.text[-1], proposal)
+        if (
+            isinstance(model, Chooser)
+            and not proposal.wanted
+            and may_choose(model, request.warp, request.logprobs)
+        ):
+            choices = model.choose(ids, **options)
+            return judge_greedy(proposal, self.text, partial(choices.token, 0)), None
+        logits = model.step(ids, **options)[0]
+        return judge(proposal, logits, self.text, request.warp, self.chance), logits
 
     def _propose(self) -> tuple[Proposal, bool]:
         """The proposal for the next pass, and whether the proposer was asked for it."""
@@ -177,10 +194,11 @@ class _Loop:
                 return place
         return len(verdict.tokens)
 
-    def _give(self, verdict: Verdict, logits: Tensor) -> Iterator[Given]:
+    def _give(self, verdict: Verdict, logits: Tensor | None) -> Iterator[Given]:
         """Give tokens out one by one, up to the end of the text."""
         for token, row in zip(verdict.tokens, verdict.rows, strict=True):
-            logprob = log_probability(logits[row], token) if self.request.logprobs else None
+            wanted = logits is not None and self.request.logprobs
+            logprob = log_probability(logits[row], token) if wanted else None  # type: ignore[index]
             self.text.append(token)
             finish = self._finish(token, len(self.text))
             yield Given(token, logprob, finish)
@@ -201,16 +219,22 @@ class _Loop:
             ) from error
 
 
-def _verify(model: StepModel, pending: int, proposal: Proposal) -> Tensor:
-    """Logits [rows, V] of the pending token, of the candidates, and of the wanted guesses that are no candidates."""
+class _Options(TypedDict, total=False):
+    """Arguments of a step."""
+
+    parents: Sequence[int] | None
+    logits_for: LogitsFor
+
+
+def _pass(pending: int, proposal: Proposal) -> tuple[Tensor, _Options]:
+    """The arguments of the step that judges a proposal: it gives rows for the pending token, for the candidates, and
+    for the wanted guesses that are no candidates."""
     ids = torch.tensor([[pending, *proposal.tokens]])
     if not proposal.tokens:
-        return model.step(ids)[0]
+        return ids, {}
     parents = None if proposal.parents is None else [-1, *(parent + 1 for parent in proposal.parents)]
     rows = _rows_with_logits(proposal)
-    if len(rows) == ids.shape[1]:
-        return model.step(ids, parents=parents, logits_for="all")[0]
-    return model.step(ids, parents=parents, logits_for=rows)[0]
+    return ids, {"parents": parents, "logits_for": "all" if len(rows) == ids.shape[1] else rows}
 
 
 def _rows_with_logits(proposal: Proposal) -> list[int]:

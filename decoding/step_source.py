@@ -9,6 +9,7 @@ graph at all.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
@@ -23,6 +24,9 @@ from torchweld.optimizer.compile import Compiled, Options
 from torchweld.optimizer.compile_step import TYPICAL_PAST, compile_step, normalise
 from torchweld.optimizer.warm_step import StepStart, find_step_start
 from torchweld.passes.rewrite_kv_cache import StepProgram, derive_step, with_tree
+from torchweld.passes.step_choice import with_choices
+
+log = logging.getLogger(__name__)
 
 
 class NotDecodable(ValueError):
@@ -92,7 +96,7 @@ class StepSource:
         def find_start(is_tree: bool) -> StepStart | None:
             if isinstance(example, Mapping):
                 return None
-            return find_step_start(model, (example,), chosen, (TYPICAL_PAST, is_tree, tokens))
+            return find_step_start(model, (example,), chosen, (TYPICAL_PAST, is_tree, tokens, "choices"))
 
         return cls(lambda: capture_causal(model, example), chosen, find_start, phase, tokens=tokens)
 
@@ -125,6 +129,11 @@ class StepSource:
             with self._phase("derive the cache of"):
                 plain = self._derived(program)
                 step = with_tree(plain) if is_tree else plain
+                choosing = with_choices(step)
+                if isinstance(choosing, Refusal):
+                    log.info("%s gives logits only: %s", program.name, describe_refusal(choosing))
+                else:
+                    step = choosing
             with self._phase("compile"):
                 compiled = compile_step(step, self.options)
         if start is not None:

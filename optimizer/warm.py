@@ -61,6 +61,7 @@ class StepFacts:
     vocabulary: int
     token_limit: int | None
     is_tree: bool
+    chooses: bool
     name: str
     parameters: tuple[str, ...]
     inputs: str

@@ -25,7 +25,7 @@ from torchweld.passes.rewrite_kv_cache import StepProgram
 
 log = logging.getLogger(__name__)
 
-KEPT: Final = ("states", "limit", "vocabulary", "token_limit", "is_tree")
+KEPT: Final = ("states", "limit", "vocabulary", "token_limit", "is_tree", "chooses")
 """Fields of a StepProgram that an entry holds; a step that has more to say is not stored."""
 
 
@@ -91,7 +91,8 @@ def _contradiction(facts: StepFacts, compiled: Compiled) -> str | None:
     """What of the facts the plan does not bear out: its inputs, the states among them, the vocabulary."""
     assert compiled.built is not None
     plan = compiled.built.plan
-    front = ("ids", "past", "positions", "rows", *(("path",) if facts.is_tree else ()))
+    options = {"chosen": facts.chooses, "path": facts.is_tree}
+    front = ("ids", "past", "positions", "rows", *(name for name, given in options.items() if given))
     if tuple(spec.name for spec in plan.inputs[: len(front)]) != front:
         return f"the inputs of the plan do not begin with {', '.join(front)}"
     caches = [(state.heads, features, state.dtype) for state in facts.states for features in state.features]

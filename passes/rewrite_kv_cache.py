@@ -93,6 +93,7 @@ class StepProgram:
     the model's tables and the capture allow; None where nothing limits them.  vocabulary: V.  token_limit: tokens that
     the model's embedding has; None where it is unknown.  is_tree: the program has the input `path`.  encoder: gives the
     inputs encoded_i; None where there is none.  crosses: what each cross attention reads of it, per source position.
+    chooses: the program has the input and the results of passes/step_choice.py.
     """
 
     program: Program
@@ -103,6 +104,7 @@ class StepProgram:
     is_tree: bool
     encoder: Program | None = None
     crosses: tuple[LayerState, ...] = ()
+    chooses: bool = False
 
 
 def derive_step(program: Program, tokens: str | None = None) -> StepProgram | Refusal:
