@@ -314,7 +314,9 @@ class _MatmulPrinter:
             if product.stored is None or not product.stored.packed:
                 continue
             base, room = self._first_group(product.stored), f"{product.weights}_room"
-            weights += weight_lines(product.stored, base, product.panel.stride, product.weights, room)
+            weights += weight_lines(
+                product.stored, base, product.panel.stride, product.weights, room, self.block_columns
+            )
         head = "for (int64_t piece = 0; first_row + piece < block_end; piece += piece_rows) {"
         end = "const int64_t piece_end = tw_least(piece + piece_rows, block_end - first_row);"
         return [
@@ -454,7 +456,9 @@ class _MatmulPrinter:
         for product in self.products:
             copies, width = product.panel.copies, self.block_columns
             row = "(r - piece)" if self.is_narrow else "r"
-            text = product_text(product.stored, copies, product.name, f"{row} * {width} + j", product.weights)
+            text = product_text(
+                product.stored, copies, product.name, f"{row} * {width} + j", product.weights, width
+            )
             if product.contract.dtype in HALVES:
                 text = f"tw_round_{HALVES[product.contract.dtype]}({text})"
             self._reload(emitter, product.bind.name, text, product.contract.dtype)

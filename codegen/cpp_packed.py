@@ -5,7 +5,7 @@
     bf16        stored        float                     bfloat16 where the CPU multiplies it, else float
     bf16        plain: bf16   bfloat16 where the CPU has AMX tiles, else as above
     int8        stored        int8 in blocks of 32      bfloat16 where the CPU multiplies it, else int8
-    int8        plain: int8   int8, one scale per row of activations and of weights (runtime/packed_whole.h)
+    int8        plain: int8   8 bits, one scale per row of activations and of weights (runtime/packed_whole.h)
 
 Plain weights are numbers in the model. In bfloat16 AMX reads them as they are packed, 16 rows in the time of one. In
 int8 sums of integers are exact: any CPU and any number of rows give the same bits. Otherwise a row has the same bits
@@ -47,7 +47,7 @@ class Copies:
     offsets: str
     sums: str
     whole_scales: str
-    whole_sums: str
+    whole_zeros: str
 
 
 def make_copies(
@@ -62,7 +62,7 @@ def make_copies(
     return Copies(
         fresh("a_half") if blocks else None, fresh("a_codes") if blocks and precision == "int8" else None,
         fresh("a_whole") if whole else None, fresh("a_scales"), fresh("a_offsets"), fresh("a_code_sums"),
-        fresh("a_whole_scales"), fresh("a_whole_sums"),
+        fresh("a_whole_scales"), fresh("a_whole_zeros"),
     )  # fmt: skip
 
 
@@ -92,9 +92,9 @@ def allocate_copies(
     if copies.half is not None:
         allocate(copies.half, "uint16_t", 2, width * rows)
     if copies.whole is not None:
-        allocate(copies.whole, "int8_t", 1, (width + 32) * rows)
+        allocate(copies.whole, "uint8_t", 1, (width + 32) * rows)
         allocate(copies.whole_scales, "float", 4, sympy.Integer(rows))
-        allocate(copies.whole_sums, "int32_t", 4, sympy.Integer(rows))
+        allocate(copies.whole_zeros, "int32_t", 4, sympy.Integer(rows))
     if copies.codes is not None:
         few = -(-few // 16) * 16
         allocate(copies.codes, "int8_t", 1, width * few)
@@ -107,7 +107,7 @@ def copy_lines(copies: Copies, row: str, stride: str) -> list[str]:
     """Statements behind the filling of a row at `row`: its copies."""
     lines = []
     if copies.whole is not None:
-        place = f"{copies.whole}, {copies.whole_scales}, {copies.whole_sums}"
+        place = f"{copies.whole}, {copies.whole_scales}, {copies.whole_zeros}"
         lines.append(f"tw_quantize_whole({row}, {stride}, r, {place});")
     if copies.half is not None:
         lines.append(f"if (narrow) tw_round_row({row}, {stride}, r, {copies.half});")
@@ -119,15 +119,15 @@ def copy_lines(copies: Copies, row: str, stride: str) -> list[str]:
     return lines
 
 
-def weight_lines(stored: StoredRow, base: str, stride: str, name: str, room: str) -> list[str]:
+def weight_lines(stored: StoredRow, base: str, stride: str, name: str, room: str, block: int) -> list[str]:
     """The weights of a block of columns as bfloat16 tiles, unpacked into `room` where they are stored otherwise.
 
-    Of weights with one scale per row: these scales, in `room`.
+    Of weights with one scale per row: these scales, and behind `block` of them the sums of the rows' codes.
     """
     if stored.is_whole:
         return [
             f"const float* const {name} = (const float*){room};",
-            f"tw_whole_scales({base}, width, {stride} / 32, (float*){room});",
+            f"tw_whole_scales({base}, width, {stride} / 32, {block}, (float*){room});",
         ]
     return [
         f"const uint8_t* const {name} = !narrow ? nullptr :",
@@ -135,11 +135,14 @@ def weight_lines(stored: StoredRow, base: str, stride: str, name: str, room: str
     ]
 
 
-def product_text(stored: StoredRow | None, copies: Copies | None, out: str, at: str, weights: str) -> str:
+def product_text(
+    stored: StoredRow | None, copies: Copies | None, out: str, at: str, weights: str, block: int
+) -> str:
     """The C++ value of the product of row r and column j of a block, whose sum is out[at]."""
     if copies is None or stored is None or not stored.is_whole:
         return f"{out}[{at}]"
-    return f"tw_whole_product({out}, {at}, {copies.whole_scales}[r], {weights}[j])"
+    row = f"{copies.whole_scales}[r], {copies.whole_zeros}[r]"
+    return f"tw_whole_product({out}, {at}, {row}, {weights}, {weights} + {block}, j)"
 
 
 def product_lines(
@@ -161,7 +164,7 @@ def product_lines(
     if copies is not None and stored.is_whole:
         return [
             "if (!narrow) tw_tiles_on();",
-            f"tw_packed_whole({copies.whole}, {copies.whole_sums}, piece, piece_end, {base}, width, {steps},",
+            f"tw_packed_whole({copies.whole}, piece, piece_end, {base}, width, {steps},",
             f"    {out}, {out_stride});",
             "if (!narrow) tw_tiles_off();",
         ]

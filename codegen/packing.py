@@ -28,8 +28,8 @@ STORED: Final = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "
 """The formats that can be packed; runtime/pack.cpp knows them by their position."""
 WHOLE: Final = "I8"
 """Plain numbers packed in int8 with one scale per row; no file stores this (runtime/packed_whole.h)."""
-WHOLE_MOST_COLUMNS: Final = 1 << 17
-"""A sum of so many products of int8 fits 32 bits."""
+WHOLE_MOST_COLUMNS: Final = 1 << 16
+"""A sum of so many products of 8 bits fits 32 bits."""
 LAYOUT: Final = "R16_"
 """What stands before the name of a stored format where its weight is packed."""
 GROUP: Final = 16

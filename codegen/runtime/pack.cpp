@@ -49,7 +49,7 @@ int64_t scale_bytes(const Format& f, int64_t steps) {
         case LEGACY_OFFSET: return steps * 64;
         case SUPER: return steps / 8 * 320;
         case SUPER_SIX: return steps / 8 * 288;
-        case ROW: return 64;
+        case ROW: return 128;
         default: return 0;
     }
 }
@@ -138,9 +138,10 @@ int64_t bytes_of_group(const Format& f, int64_t steps) {
     return lines(scale_bytes(f, steps)) + (f.kind == WHOLE ? (steps + 1) / 2 * 2 : steps) * code_bytes(f);
 }
 
-// A row of floats in int8: scale = greatest / 127, each number to nearest. A row with a NaN has a scale that is one.
+// A row of floats in int8: scale = greatest / 127, each number to nearest, and the sum of these. A row with a NaN has a scale that is one.
 void pack_whole(const uint8_t* row, int64_t k, int lane, uint8_t* scales, uint8_t* codes) {
     float greatest = 0, x, whole;
+    int32_t sum = 0;
     for (int64_t c = 0; c < k; ++c) {
         memcpy(&x, row + 4 * c, 4);
         x = x < 0 ? -x : x;
@@ -153,7 +154,9 @@ void pack_whole(const uint8_t* row, int64_t k, int lane, uint8_t* scales, uint8_
         memcpy(&x, row + 4 * c, 4);
         whole = x / scale + 12582912.0f;  // 1.5 * 2^23: the whole number stands in the low byte
         memcpy(codes + c / 4 * 64 + 4 * lane + c % 4, &whole, 1);
+        sum += (int8_t)codes[c / 4 * 64 + 4 * lane + c % 4];
     }
+    memcpy(scales + 64 + 4 * lane, &sum, 4);
 }
 
 void pack_row(const Format& f, const uint8_t* row, int64_t k, int lane, uint8_t* scales, uint8_t* codes) {
