@@ -1,8 +1,7 @@
 """The CPU executable: one shared object, one memory plan per set of sizes, one call per run of launches.
 
-A call checks its inputs, binds the sizes, places intermediate values in an arena and runs the steps. Everything that
-depends on the shapes only is kept for the last few sets of shapes. What the caller gets is never in the arena; nor is
-what an eager step reads, since such a step may return a view of it.
+A call checks its inputs, binds the sizes (binding.py), places intermediate values in an arena and runs the steps.
+Everything that depends on the shapes only is kept for the last few sets of shapes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from torchweld.codegen.batches import BatchSplitter, Pieces, PiecesRun, has_batch
+from torchweld.codegen.binding import Binder, Binding, PreparedLaunch
 from torchweld.codegen.cache import Cache
 from torchweld.codegen.cpp import FLAGS, PrintedUnit, print_unit
 from torchweld.codegen.cpp_names import PrintError
@@ -28,15 +27,13 @@ from torchweld.codegen.cpp_packed import FEW_ROWS, Precision
 from torchweld.codegen.ir import Kernel
 from torchweld.codegen.library_runs import LibraryLaunch, LibraryRuns
 from torchweld.codegen.packed_plan import PackedConstants
-from torchweld.codegen.plan import EagerStep, Launch, Plan, PlanError, SizeTable, ValueSpec, Work, work
+from torchweld.codegen.plan import EagerStep, Launch, Plan, PlanError, SizeTable, Work, work
 from torchweld.codegen.plan_inputs import InputChecks, bind_sizes, shape_of
-from torchweld.codegen.plan_memory import ALIGNMENT, Lifetime, MemoryPlan, plan_memory
+from torchweld.codegen.plan_memory import MemoryPlan
 from torchweld.codegen.runtime.team import MOST_ARGUMENTS, LaunchRecord, Team, shared_team
 from torchweld.codegen.toolchain import ToolchainError, compile_shared, load
 
 _BINDINGS_KEPT: Final = 16
-# Element operations, about 3 us: less than a barrier and a cold cache on a second core.
-_SOLO_WORK: Final = 16384
 
 
 class BuildError(RuntimeError):
@@ -56,39 +53,6 @@ class ExecutableStats:
     unshared_bytes: int
     scratch_bytes: int
     source_bytes: int
-
-
-@dataclass(frozen=True)
-class _Binding:
-    """What follows from the sizes: places, launch records, and the arrays that the records point to."""
-
-    table: SizeTable
-    memory: MemoryPlan
-    segments: tuple[ctypes.Array[LaunchRecord] | EagerStep | LibraryLaunch, ...]
-    launches: tuple[tuple[Launch, ...], ...]
-    scratch_stride: int
-    shared_bytes: tuple[int, ...]
-    fresh_shapes: tuple[tuple[int, ...], ...]
-    arena_bytes: int
-    pieces: PiecesRun | None
-    kept: tuple[object, ...]
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A launch as far as it does not depend on sizes."""
-
-    kernel: Kernel
-    function: int
-    slots: ctypes.Array[ctypes.c_int32]
-    arguments: int
-    work: tuple[Work, ...]
-
-    def fill(self, record: LaunchRecord, sizes: ctypes.Array[ctypes.c_int64], solo: int) -> None:
-        """Make `record` one launch at these sizes; solo: by one thread."""
-        record.kernel, record.slots = self.function, ctypes.addressof(self.slots)
-        record.sizes, record.arguments = ctypes.addressof(sizes), self.arguments
-        record.solo = solo
 
 
 class Executable:
@@ -143,12 +107,13 @@ class Executable:
         self._pointers = (ctypes.c_void_p * max(1, len(self._slots) + shared))()
         for name, tensor in self._constants.items():
             self._pointers[self._slots[name]] = tensor.data_ptr()
-        self._fresh = _fresh_values(plan)
-        self._arena_values = _arena_values(plan, self._fresh)
-        self._splitter = BatchSplitter(plan, self._threads, 0 if precision == "f32" else FEW_ROWS)
-        self._bindings: OrderedDict[tuple[tuple[int, ...], ...], _Binding] = OrderedDict()
+        few = 0 if precision == "f32" else FEW_ROWS
+        self._binder = Binder(
+            plan, self._slots, shared, self._unit.functions, self._prepared, self.library, self._threads, few
+        )
+        self._bindings: OrderedDict[tuple[tuple[int, ...], ...], Binding] = OrderedDict()
         self._arena = self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._placed: _Binding | None = None
+        self._placed: Binding | None = None
         self._calls = 0
         _executables.add(self)
 
@@ -172,7 +137,7 @@ class Executable:
         address = {s: ctypes.cast(getattr(library, s), ctypes.c_void_p).value or 0 for s in unit.symbols}
         return unit, team, tuple(address[function.name] for function in unit.functions)
 
-    def _prepare(self) -> tuple[_Prepared, ...]:
+    def _prepare(self) -> tuple[PreparedLaunch, ...]:
         """Of every launch what does not depend on sizes; a kernel that many launches share is looked at once."""
         works: dict[int, tuple[Work, ...]] = {}
         prepared = []
@@ -183,7 +148,9 @@ class Executable:
             places += [len(self._slots) + number for number in range(len(function.shared))]
             slots = (ctypes.c_int32 * max(1, len(places)))(*places)
             works.setdefault(id(launch.kernel), work(launch.kernel))
-            prepared.append(_Prepared(launch.kernel, address, slots, len(places), works[id(launch.kernel)]))
+            prepared.append(
+                PreparedLaunch(launch.kernel, address, slots, len(places), works[id(launch.kernel)])
+            )
         return tuple(prepared)
 
     @property
@@ -270,7 +237,7 @@ class Executable:
         tensors, _ = self._checks(inputs)
         self._point_at(tensors, self._checks.updated)
         values = self._seen_by_torch(tensors)
-        binding = self._bind(self.sizes_of(inputs), in_pieces=False)
+        binding = self._binder.bind(self.sizes_of(inputs), in_pieces=False)
         self._place(binding)
         self._allocate_fresh(binding, values)
         number = next(n for n, launch in enumerate(self._launches) if launch.kernel.name == kernel)
@@ -302,7 +269,7 @@ class Executable:
         # The caller may write into it.
         return self._constants[name].clone() if name in self._constants else values[name]
 
-    def _run(self, binding: _Binding, values: dict[str, Tensor]) -> None:
+    def _run(self, binding: Binding, values: dict[str, Tensor]) -> None:
         for segment, launches in zip(binding.segments, binding.launches, strict=True):
             if isinstance(segment, EagerStep):
                 self._run_eagerly(segment, binding, values)
@@ -317,7 +284,7 @@ class Executable:
             if failed >= 0:
                 raise IndexError(_index_message(launches[failed]))
 
-    def _run_eagerly(self, step: EagerStep, binding: _Binding, values: dict[str, Tensor]) -> None:
+    def _run_eagerly(self, step: EagerStep, binding: Binding, values: dict[str, Tensor]) -> None:
         sizes = binding.table.sizes
         arguments = [
             sizes[name] if name in sizes else values[name] if name in values else self._constants[name]
@@ -336,12 +303,12 @@ class Executable:
                 values[name] = result = result.contiguous()
                 self._pointers[self._slots[name]] = result.data_ptr()
 
-    def _run_library(self, step: LibraryLaunch, binding: _Binding, values: dict[str, Tensor]) -> None:
+    def _run_library(self, step: LibraryLaunch, binding: Binding, values: dict[str, Tensor]) -> None:
         inputs = [self._tensor(name, binding, values) for name in step.launch.read()]
         places = [self._tensor(name, binding, values) for name in step.launch.written()]
         self.library.run(step, inputs, places)
 
-    def _tensor(self, name: str, binding: _Binding, values: dict[str, Tensor]) -> Tensor:
+    def _tensor(self, name: str, binding: Binding, values: dict[str, Tensor]) -> Tensor:
         """A value as a tensor: of the caller or for it, a constant as the model has it, or a place in the arena."""
         if name in values:
             return values[name]
@@ -351,14 +318,14 @@ class Executable:
         start, shape = binding.memory.offsets[name], binding.table.shape(spec)
         return self._arena[start : start + prod(shape) * spec.dtype.itemsize].view(spec.dtype).view(shape)
 
-    def _allocate_fresh(self, binding: _Binding, values: dict[str, Tensor]) -> None:
-        for spec, shape in zip(self._fresh, binding.fresh_shapes, strict=True):
+    def _allocate_fresh(self, binding: Binding, values: dict[str, Tensor]) -> None:
+        for spec, shape in zip(self._binder.fresh, binding.fresh_shapes, strict=True):
             values[spec.name] = tensor = torch.empty(shape, dtype=spec.dtype)
             self._pointers[self._slots[spec.name]] = tensor.data_ptr()
 
     # -- what follows from the shapes ---------------------------------------------------------------------------------
 
-    def _binding(self, inputs: Sequence[Tensor]) -> _Binding:
+    def _binding(self, inputs: Sequence[Tensor]) -> Binding:
         key = tuple(map(shape_of, inputs))
         known = self._bindings.get(key)
         if known is not None:
@@ -366,86 +333,13 @@ class Executable:
                 self._bindings.move_to_end(key)
             return known
         table = SizeTable(bind_sizes(self.plan, key))
-        binding = self._bind(table)
+        binding = self._binder.bind(table)
         self._bindings[key] = binding
         if len(self._bindings) > _BINDINGS_KEPT:
             self._bindings.popitem(last=False)
         return binding
 
-    def _bind(self, table: SizeTable, in_pieces: bool = True) -> _Binding:
-        """What follows from the sizes; in_pieces: a batch may go through the launches piece by piece."""
-        groups = tuple(self.library.segments(table))
-        own = not any(isinstance(group, LibraryLaunch) for group in groups)
-        cut = None
-        if in_pieces and own:
-            cut = self._splitter.split(table, lambda sizes: self._memory(sizes).arena_bytes)
-        at_once = table if cut is None else cut.table
-        memory = self._memory(at_once)
-        sizes: dict[int, ctypes.Array[ctypes.c_int64]] = {}
-        segments: list[ctypes.Array[LaunchRecord] | EagerStep | LibraryLaunch] = []
-        prepared = iter(self._prepared)
-        for group in groups:
-            if isinstance(group, tuple):
-                segments.append(self._records([next(prepared) for _ in group], at_once, sizes))
-                continue
-            if isinstance(group, LibraryLaunch):
-                next(prepared)  # its record is not needed
-            segments.append(group)
-        arena_bytes = memory.arena_bytes
-        pieces: PiecesRun | None = None
-        last_sizes: dict[int, ctypes.Array[ctypes.c_int64]] = {}
-        if cut is not None:
-            stride = -(-arena_bytes // 4096) * 4096 + ALIGNMENT
-            pieces = self._pieces(cut, stride, self._records(self._prepared, cut.last, last_sizes))
-            arena_bytes = stride * self._threads
-        room = max((at_once(expr) for f in self._unit.functions for expr in f.scratch), default=0)
-        # Whole pages and one line more: the threads' pieces must not fall on the same cache sets.
-        stride = -(-room // 4096) * 4096 + ALIGNMENT
-        rooms = [0] * len(self._shared)
-        for function in self._unit.functions:
-            for number, need in enumerate(function.shared):
-                rooms[number] = max(rooms[number], need.nbytes(at_once, self._threads))
-        launches = tuple(group if isinstance(group, tuple) else () for group in groups)
-        fresh, kept = tuple(map(table.shape, self._fresh)), (*sizes.values(), *last_sizes.values())
-        return _Binding(
-            table, memory, tuple(segments), launches, stride, tuple(rooms), fresh, arena_bytes, pieces, kept
-        )
-
-    def _memory(self, table: SizeTable) -> MemoryPlan:
-        """The places of intermediate values."""
-        values = [
-            Lifetime(s.name, prod(table.shape(s)) * s.dtype.itemsize, a, b) for s, a, b in self._arena_values
-        ]
-        return plan_memory(values)
-
-    def _records(
-        self, prepared: Sequence[_Prepared], table: SizeTable, sizes: dict[int, ctypes.Array[ctypes.c_int64]]
-    ) -> ctypes.Array[LaunchRecord]:
-        """The launches for some sizes; the arrays of sizes that they point to are added to `sizes`, by kernel."""
-        records = (LaunchRecord * len(prepared))()
-        solo: dict[int, int] = {}
-        for record, launch in zip(records, prepared, strict=True):
-            key = id(launch.kernel)
-            if key not in sizes:
-                names = launch.kernel.sizes
-                sizes[key] = (ctypes.c_int64 * max(1, len(names)))(*(table.sizes[n] for n in names))
-            if key not in solo:
-                solo[key] = self._threads == 1 or sum(w(table) for w in launch.work) < _SOLO_WORK
-            launch.fill(record, sizes[key], solo[key])
-        return records
-
-    def _pieces(self, cut: Pieces, arena_stride: int, last: ctypes.Array[LaunchRecord]) -> PiecesRun:
-        """How the threads run a batch in pieces."""
-        specs = (*self.plan.inputs, *self._fresh)
-        strides = {
-            self._slots[spec.name]: prod(cut.table.shape(spec)) * spec.dtype.itemsize
-            for spec in specs if has_batch(spec.shape, cut.name)
-        }  # fmt: skip
-        arena = [self._slots[spec.name] for spec, _, _ in self._arena_values]
-        slots = len(self._slots) + len(self._shared)
-        return PiecesRun(cut.count, last, slots, self._threads, strides, arena, arena_stride)
-
-    def _place(self, binding: _Binding) -> None:
+    def _place(self, binding: Binding) -> None:
         """Point the values of the arena to their places for this binding."""
         if self._placed is binding:
             return
@@ -492,32 +386,6 @@ def _input_slots(plan: Plan, slots: Mapping[str, int]) -> tuple[tuple[int, ...],
     for name, source in plan.in_place.items():
         written.setdefault(source, []).append(slots[name])
     return tuple((slots[spec.name], *written.get(spec.name, ())) for spec in plan.inputs)
-
-
-def _fresh_values(plan: Plan) -> tuple[ValueSpec, ...]:
-    """What launches compute and somebody else than a launch sees: outputs and what eager steps read."""
-    seen = set(plan.outputs)
-    for step in plan.steps:
-        if isinstance(step, EagerStep):
-            seen |= set(step.arguments)
-    written = [name for launch in plan.launches() for name in launch.written()]
-    return tuple(plan.values[name] for name in written if name in seen and name not in plan.in_place)
-
-
-def _arena_values(plan: Plan, fresh: Sequence[ValueSpec]) -> tuple[tuple[ValueSpec, int, int], ...]:
-    """The other values of launches with the first and the last step that needs them."""
-    outside = {spec.name for spec in fresh} | set(plan.in_place)
-    spans: dict[str, tuple[int, int]] = {}
-    for number, step in enumerate(plan.steps):
-        if not isinstance(step, Launch):
-            continue
-        for name in step.written():
-            if name not in outside:
-                spans[name] = (number, number)
-        for name in step.read():
-            if name in spans:
-                spans[name] = (spans[name][0], number)
-    return tuple((plan.values[name], first, last) for name, (first, last) in spans.items())
 
 
 def _index_message(launch: Launch) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.passes.fusion_cases import FusionCase, numbers
+from torchweld.codegen.batches import find_batch
 from torchweld.codegen.cpp_packed import Precision
 from torchweld.codegen.executable import Executable
 from torchweld.codegen.ir import MatmulPart
@@ -111,3 +112,14 @@ def test_a_call_without_rows_finds_nothing() -> None:
     found = search(*[torch.zeros(0, 64)] * (2 * len(SCORES)))
     assert [tuple(tensor.shape) for tensor in found[:3]] == [(0, COUNT), (0, COUNT), (0,)]
     assert_found("f32", 2, numbers(3, 64))  # the counter of the threads is as it was
+
+
+def test_a_search_is_not_cut_into_pieces_of_a_batch() -> None:
+    """Each thread would have a list of its own, in the same memory."""
+    tables = {"w": numbers(COLUMNS, 64, seed=1)}
+    scores = FusionCase(lambda m, x: F.linear(x, m.w), numbers(4, 3, 64), dynamic=True, **tables)
+    best = FusionCase(lambda m, x: F.linear(x, m.w).argmax(-1), numbers(4, 3, 64), dynamic=True, **tables)
+    for case in (scores, best):
+        case.fuse(*FUSE)
+    assert find_batch(scores.plan().plan) is not None
+    assert find_batch(best.plan().plan) is None
