@@ -34,6 +34,7 @@ from torchweld.codegen.cpp_packed import (
     narrow_rows,
     product_lines,
     product_text,
+    sums_wanted,
     weight_lines,
 )
 from torchweld.codegen.cpp_segments import piece_length
@@ -366,7 +367,7 @@ class _MatmulPrinter:
             emitter.line(f"for (int64_t {k} = {extent}; {k} < {panel.stride}; ++{k}) {row} = 0;")
         if panel.sums is not None:
             place = f"{panel.sums} + {at} * ({panel.stride} / 32)"
-            few = "if (!narrow) " if panel.copies is not None else ""
+            few = f"if ({sums_wanted(panel.copies)}) " if panel.copies is not None else ""
             emitter.line(f"{few}tw_sum_runs({panel.name} + {at} * {panel.stride}, {panel.stride}, {place});")
         if panel.copies is not None:
             for line in copy_lines(panel.copies, f"{panel.name} + {at} * {panel.stride}", panel.stride):

@@ -145,6 +145,11 @@ def product_text(
     return f"tw_whole_product({out}, {at}, {row}, {weights}, {weights} + {block}, j)"
 
 
+def sums_wanted(copies: Copies) -> str:
+    """When sums of every 32 numbers of a row are read: in products in float. Formats with an offset have codes."""
+    return "!narrow" if copies.codes is None else "!narrow && !tw_has_int8"
+
+
 def product_lines(
     stored: StoredRow,
     base: str,

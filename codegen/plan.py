@@ -185,6 +185,5 @@ def _part_work(part: Part) -> Work:
         depths = tuple(extents(term.k) for term in part_terms(part) if isinstance(term, Contract))
         return Work(extents(*product_axes(part)), depths, 1, 8)
     attend = next(t for t in part_terms(part) if isinstance(t, Attend))
-    # Keys and values come from beyond the L2 cache, and few of them are turned as a whole block: 25 ns a pair of 64
-    # features.
+    # Keys and values come from beyond the L2 cache, and a few of them cost a whole block: 25 ns a pair of 64 features.
     return Work(extents(*part.batch, part.t, attend.s), (extents(part.feature),), 1, 1)

@@ -32,6 +32,25 @@ def test_positions_stay_below_the_limit() -> None:
     assert rows.tolist() == list(range(6))
 
 
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), min_size=1, max_size=3),
+    limit=st.one_of(st.none(), st.integers(1, 12)), wanted=st.sampled_from(["last", "all"]),
+)  # fmt: skip
+def test_positions_and_rows_of_any_sizes(
+    pairs: list[tuple[int, int]], limit: int | None, wanted: Any
+) -> None:
+    """Rows that are padding stay on the position of the last real row, and all below the limit."""
+    lengths, counts = zip(*pairs, strict=True)
+    request = read_request(torch.ones(len(pairs), 4, dtype=torch.int64), counts, None, wanted, 10)
+    _, past, positions, rows = request.inputs(lengths, limit)
+    last = torch.tensor(lengths) + torch.tensor(counts) - 1
+    expected = torch.minimum(torch.tensor(lengths)[:, None] + torch.arange(4), last.clamp(min=0)[:, None])
+    assert torch.equal(positions, expected if limit is None else expected.clamp(max=limit - 1))
+    assert past.tolist() == list(lengths)
+    ends = [4 * number + max(count, 1) - 1 for number, count in enumerate(counts)]
+    assert rows.tolist() == (ends if wanted == "last" else list(range(4 * len(pairs))))
+
+
 def test_inputs_of_a_tree() -> None:
     request = read_request(torch.tensor([[1, 2, 3, 4]]), None, [-1, 0, 0, 1], [0, 3], 10)
     _, past, positions, rows, path = request.inputs((7,), None)
