@@ -19,7 +19,8 @@ from torchweld.codegen.cpp_attention import print_attention_part
 from torchweld.codegen.cpp_attention_room import SharedRoom
 from torchweld.codegen.cpp_best import ListRoom
 from torchweld.codegen.cpp_fingerprint import fingerprint, merge_equal_terms
-from torchweld.codegen.cpp_matmul import READY, PrintedPart, print_matmul_part
+from torchweld.codegen.cpp_matmul import print_matmul_part
+from torchweld.codegen.cpp_matmul_rows import READY, PrintedPart
 from torchweld.codegen.cpp_names import PrintError
 from torchweld.codegen.cpp_packed import Precision
 from torchweld.codegen.cpp_row import print_row_part

@@ -12,20 +12,17 @@ A row's sums are taken in an order that depends on k only (see matmul.h), so row
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
 
 import sympy
 import torch
 
 from torchweld.codegen.cpp_best import BestPrinter
+from torchweld.codegen.cpp_matmul_rows import READY, Panel, PrintedPart, Product, numbered_names
 from torchweld.codegen.cpp_names import HALVES, PrintError, converted, unwrapped, value_type
 from torchweld.codegen.cpp_operand import StoredRow, padded, runs_along, stored_row
 from torchweld.codegen.cpp_packed import (
     MOST_PIECE_ROWS,
-    Copies,
     Precision,
     allocate_copies,
     copies_replace_rows,
@@ -40,56 +37,14 @@ from torchweld.codegen.cpp_packed import (
 from torchweld.codegen.cpp_segments import piece_length
 from torchweld.codegen.cpp_terms import Emitter
 from torchweld.codegen.cpp_text import INDENT, KernelNames, indented
-from torchweld.codegen.ir import Bind, Kernel, MatmulPart
+from torchweld.codegen.ir import Kernel, MatmulPart
 from torchweld.codegen.packing import GROUP
-from torchweld.graph.terms import Axis, Contract, Expr, Ref, Term, walk
+from torchweld.graph.terms import Axis, Contract, Expr, Ref, walk
 
 _PANEL_BYTES = 384 << 10  # A rows of a block: beside a tile of B they stay in an L2 cache of 1 MiB
 _MOST_ROWS = 64
 _ROWS_FOR_HALF_BLOCKS = 8
 _MANY_COLUMNS = 4096  # from here on the threads have enough units of 64 columns
-
-
-@dataclass(frozen=True)
-class _Product:
-    """One contract of the part: where its A rows are, how its B rows are read, the name of its sums."""
-
-    bind: Bind
-    contract: Contract
-    panel: _Panel
-    stored: StoredRow | None
-    name: str
-    weights: str  # the columns of the block as tiles, for packed weights: in bfloat16; with a scale per row, the scales
-
-
-@dataclass(frozen=True)
-class _Panel:
-    """A rows written out as numbers, shared by all contracts with the same A term."""
-
-    term: Term
-    k: Axis
-    name: str
-    stride: str
-    width: Expr
-    sums: str | None  # sums of every 32 numbers of a row, for packed weights with an offset
-    copies: Copies | None  # of the rows in other precisions, for packed weights
-
-
-READY: Final = "tw_ready"
-"""The variable of a kernel that says which block of rows the scratch memory holds, or -1."""
-
-
-@dataclass(frozen=True)
-class PrintedPart:
-    """The statements of a part and the bytes of scratch memory per thread that they need.
-
-    rows: of a MatmulPart, what decides which rows are written where in scratch memory. Directly behind a part with an
-    equal one the rows need not be written again: READY stays as it is.
-    """
-
-    lines: list[str]
-    scratch: Expr | int
-    rows: str = ""
 
 
 def print_matmul_part(
@@ -125,13 +80,13 @@ class _MatmulPrinter:
         wide = any(bind.term.dtype == torch.float64 for bind in self.part.contracts)
         return torch.float64 if wide else torch.float32
 
-    def _products(self) -> list[_Product]:
+    def _products(self) -> list[Product]:
         rows = {
             bind.name: stored_row(self.kernel, bind.term.b, bind.term.k, self.real)
             for bind in self.part.contracts
             if isinstance(bind.term, Contract)
         }
-        panels: dict[tuple[int, str], _Panel] = {}
+        panels: dict[tuple[int, str], Panel] = {}
         products = []
         for bind in self.part.contracts:
             contract = bind.term
@@ -146,10 +101,10 @@ class _MatmulPrinter:
             row = rows[bind.name]
             name = self.names.namer.fresh(f"{bind.name}_sums")
             weights = self.names.namer.fresh(f"{bind.name}_half")
-            products.append(_Product(bind, contract, panels[key], row, name, weights))
+            products.append(Product(bind, contract, panels[key], row, name, weights))
         return products
 
-    def _panel(self, contract: Contract, rows: Sequence[StoredRow | None]) -> _Panel:
+    def _panel(self, contract: Contract, rows: Sequence[StoredRow | None]) -> Panel:
         self.emitter.axis(contract.k)
         packed = any(row is not None and row.packed for row in rows)
         width = padded(contract.k.extent, self.real, 128 if packed else 64)  # packed weights: in steps of 32
@@ -157,7 +112,7 @@ class _MatmulPrinter:
         offset = any(row is not None and row.packed and row.has_offset for row in rows)
         sums = fresh("a_sums") if offset else None
         copies = make_copies(fresh, self.precision, rows)
-        return _Panel(contract.a, contract.k, fresh("a_rows"), fresh("a_stride"), width, sums, copies)
+        return Panel(contract.a, contract.k, fresh("a_rows"), fresh("a_stride"), width, sums, copies)
 
     def _block_rows(self) -> int:
         if not all(product.panel.width.is_Integer for product in self.products):
@@ -181,7 +136,7 @@ class _MatmulPrinter:
         self._sizes()
         self._room_of_rows()
         prologue, batch = self._prologue(), self.emitter.unflatten("block / row_blocks", self.part.batch)
-        rows = self._without_own_names([*self.lines, *batch, *prologue])
+        rows = numbered_names([*self.lines, *batch, *prologue], self.names.namer.taken - self.others)
         self._columns()
         self._room_of_sums()
         body = self._unit(prologue)
@@ -196,17 +151,6 @@ class _MatmulPrinter:
         if self.search is not None:
             self.lines += self.search.end(self._scope(()))
         return PrintedPart(self.lines, self.scratch, rows)
-
-    def _without_own_names(self, lines: Sequence[str]) -> str:
-        """The lines with numbers for the names that were made for this part."""
-        numbers: dict[str, str] = {}
-
-        def numbered(found: re.Match[str]) -> str:
-            name = found[0]
-            return name if name in self.others else numbers.setdefault(name, f"${len(numbers)}")
-
-        own = "|".join(sorted(self.names.namer.taken - self.others))
-        return re.sub(rf"\b({own})\b", numbered, "\n".join(lines))
 
     def _sizes(self) -> None:
         emitter, part = self.emitter, self.part
@@ -350,7 +294,7 @@ class _MatmulPrinter:
         loop = ["for (int64_t r = 0; first_row + r < block_end; ++r) {", *indented(head + body), "}"]
         return emitter.pop() + loop
 
-    def _fill_panel(self, emitter: Emitter, panel: _Panel) -> None:
+    def _fill_panel(self, emitter: Emitter, panel: Panel) -> None:
         k = emitter.axis(panel.k)
         at = "panel_row" if self.is_narrow else "r"
         row = f"{panel.name}[{at} * {panel.stride} + {k}]"
@@ -381,7 +325,7 @@ class _MatmulPrinter:
         emitter.push(tuple(axis.name for axis in batch))
         return emitter
 
-    def _product(self, product: _Product) -> list[str]:
+    def _product(self, product: Product) -> list[str]:
         panel = product.panel
         if product.stored is not None and product.stored.packed:
             return self._packed_product(product, product.stored)
@@ -409,7 +353,7 @@ class _MatmulPrinter:
         ]
         return lines
 
-    def _packed_product(self, product: _Product, stored: StoredRow) -> list[str]:
+    def _packed_product(self, product: Product, stored: StoredRow) -> list[str]:
         panel = product.panel
         base = self._first_group(stored)
         sums = panel.sums if stored.has_offset else panel.name  # not read where there is no offset
@@ -419,7 +363,7 @@ class _MatmulPrinter:
     def _first_group(self, stored: StoredRow) -> str:
         return stored.first_group(self._scope(()), self.part.n, "first_column")
 
-    def _fill_columns(self, emitter: Emitter, product: _Product) -> None:
+    def _fill_columns(self, emitter: Emitter, product: Product) -> None:
         """Write the columns of the block out as rows of numbers along k."""
         k, n, term = product.contract.k, self.part.n, product.contract.b
         kn, nn = emitter.axis(k), emitter.axis(n)
