@@ -133,12 +133,10 @@ static inline int32_t tw_to_int32(float x) {
 // exp(x) = 2^n * e^r, n = round(x / ln 2), |r| <= ln 2 / 2; the power of two in two halves, so that results from the
 // least subnormal to the greatest float are rounded once. Within 1 ulp.
 static inline float tw_exp(float x) {
-    const float low = x < -104.0f ? -104.0f : x;
-    const float clamped = low > 89.0f ? 89.0f : low;
-    const float shifted = tw_fma(clamped, 1.44269504088896341f, 12582912.0f);  // 1.5 * 2^23: the integer in the low bits
+    const float shifted = tw_fma(x, 1.44269504088896341f, 12582912.0f);  // 1.5 * 2^23: the integer in the low bits
     const float n = shifted - 12582912.0f;
     const int32_t power = (int32_t)tw_bits_of_float(shifted) - 0x4b400000;
-    float r = tw_fma(n, -0.693145751953125f, clamped);
+    float r = tw_fma(n, -0.693145751953125f, x);
     r = tw_fma(n, -1.42860682030941723212e-6f, r);
     float p = 1.9875691500e-4f;
     p = tw_fma(p, r, 1.3981999507e-3f);
@@ -150,7 +148,8 @@ static inline float tw_exp(float x) {
     const int32_t half = power >> 1;
     p *= tw_float_of_bits((uint32_t)(half + 127) << 23);
     p *= tw_float_of_bits((uint32_t)(power - half + 127) << 23);
-    return x != x ? x : p;
+    p = x > 89.0f ? __builtin_inff() : p;  // whatever p is out there; behind it, a NaN is still one
+    return x < -104.0f ? 0.0f : p;
 }
 static inline double tw_exp(double x) { return exp(x); }
 
