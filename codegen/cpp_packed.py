@@ -179,8 +179,10 @@ def product_lines(
     ]
     if copies is None or copies.half is None:
         return plain
+    ahead = f"    tw_bf16_ahead<tw_{stored.format}>({base}, width, {steps}, piece, block_end - first_row);"
     lines = [
         "if (narrow) {",
+        *([ahead] if stored.has_codes else []),
         f"    tw_bf16_matmul({copies.half} + piece * {stride}, {stride}, piece_end - piece, {weights}, width,",
         f"        {steps}, {out}, {out_stride});",
     ]

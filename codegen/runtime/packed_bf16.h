@@ -181,6 +181,15 @@ static inline const uint8_t* tw_bf16_weights(const uint8_t* base, int64_t column
     return room;
 }
 
+// Piece `piece` of `rows` rows brings as large a part of the next `columns` columns to the L2 cache: worth 4 % of a
+// product of 512 rows by 3072 columns in Q4_1. Weights that are read where they lie get slower (MiniLM: 3 %).
+template <class F>
+static inline void tw_bf16_ahead(const uint8_t* base, int64_t columns, int64_t steps, int64_t piece, int64_t rows) {
+    const int64_t bytes = tw_blocks(columns, 16) * tw_group_bytes<F>(steps);
+    const int64_t end = bytes * tw_least(piece + tw_bf16_piece, rows) / rows;
+    for (int64_t at = bytes * piece / rows; at < end; at += 64) __builtin_prefetch(base + bytes + at, 0, 2);
+}
+
 // Between tw_tiles_on and tw_tiles_off.
 static void tw_bf16_matmul(const uint16_t* a, int64_t stride, int64_t rows, const uint8_t* w, int64_t columns,
                            int64_t steps, float* out, int64_t out_stride) {
@@ -203,5 +212,6 @@ static inline void tw_tiles_off() {}
 template <class F> static inline const uint8_t* tw_bf16_weights(const uint8_t* base, int64_t, int64_t, uint8_t*) {
     return base;
 }
+template <class F> static inline void tw_bf16_ahead(const uint8_t*, int64_t, int64_t, int64_t, int64_t) {}
 static inline void tw_bf16_matmul(const uint16_t*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, float*, int64_t) {}
 #endif
