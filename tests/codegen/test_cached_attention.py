@@ -36,6 +36,7 @@ MASKED_TREE = Problem(4, 1, 16, 24, mask="float", soft_cap=3.0, tree=True)
 SINKS = Problem(3, 1, 20, 72, sinks=True)
 SINKS_WINDOW_TREE = Problem(6, 2, 16, 16, window=130, tree=True, sinks=True)
 SINKS_MASKED = Problem(4, 1, 16, 24, mask="bool", sinks=True)
+UNSHARED = Problem(2, 2, 32, 16)  # a row of a tile per query: one to four take their keys from registers
 PROBLEMS = (PLAIN, WINDOW, WINDOW_TREE, MASKED, MASKED_TREE, SINKS, SINKS_WINDOW_TREE, SINKS_MASKED)
 #: Around the ends of blocks (64) and splits (128).
 LENGTHS = st.one_of(st.integers(0, 12), st.sampled_from([60, 63, 64, 65, 120, 127, 128, 129, 190, 260, 400]))
@@ -117,7 +118,7 @@ def test_a_row_has_the_same_bits_alone_in_a_tree_in_a_batch_and_in_any_ring(
     assert same_bits(compiled(single)[0, :, 0], together[sequence, :, row])
 
 
-@pytest.mark.parametrize("problem", [PLAIN, SINKS])
+@pytest.mark.parametrize("problem", [PLAIN, SINKS, UNSHARED])
 @pytest.mark.parametrize("count", range(1, 17))
 def test_bits_do_not_depend_on_the_number_of_rows(count: int, problem: Problem) -> None:
     whole = make_call(problem, [250], 16, 0)
