@@ -1,7 +1,8 @@
 """A capture is believed only after it has equalled the model at sizes other than the traced one.
 
 torch.export can succeed and still fix a Python number that depended on the size (a table built for one
-length, a branch on the batch). Sizes here are tiny: the check costs two forward passes of a few rows.
+length, a branch on the batch). Sizes here are tiny: the check costs two forward passes of a few rows, and of
+stored weights few rows are decoded.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from torchweld.graph.capture_errors import first_line
+from torchweld.graph.capture_few_rows import FewRows
 from torchweld.graph.capture_inputs import Example, Family, Role
 from torchweld.graph.program import Program
 
@@ -38,7 +40,19 @@ def find_differences(
     program: Program, model: Model, example: Example, families: Collection[Family]
 ) -> VerifyReport:
     """Run the program and the model at other sizes, all `families` changed at once, then one by one on a
-    failure."""
+    failure.
+
+    First with few rows of every stored weight, which is all where nothing is found."""
+    with FewRows() as rows:
+        report = _find_differences(program, model, example, families)
+    if not rows.used or not (report.culprits or report.failure or (families and not report.works_at_one)):
+        return report
+    return _find_differences(program, model, example, families)
+
+
+def _find_differences(
+    program: Program, model: Model, example: Example, families: Collection[Family]
+) -> VerifyReport:
     lows = {(s.input, s.dim): s for s in program.sizes}
 
     def second(family: Family) -> int:
