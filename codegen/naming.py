@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Collection
 
@@ -47,7 +48,10 @@ def buffer_hint(node: fx.Node) -> str:
 
 
 def operation_name(node: fx.Node) -> str:
-    """`aten.silu.default` is `silu`."""
+    """`aten.silu.default` is `silu`; one of several results has the name of what gives them."""
+    source = node.args[0] if node.target is operator.getitem else node
+    if isinstance(source, fx.Node) and source is not node:
+        return operation_name(source)
     words = str(node.target).split(".")
     return identifier(words[1] if len(words) > 1 else words[0])
 

@@ -82,6 +82,12 @@ def test_names_of_inputs_and_operations() -> None:
     assert (buffer_hint(first), buffer_hint(call), operation_name(call)) == ("inputs_0", "exp", "exp")
 
 
+def test_one_of_several_results_is_named_after_what_gives_them() -> None:
+    case = Case(lambda m, x: torch.topk(x, 2)[1], numbers(3, 5), dynamic=False)
+    (_, call, item, *_) = case.graph_module.graph.nodes
+    assert (operation_name(call), operation_name(item), buffer_hint(item)) == ("topk", "topk", "topk")
+
+
 class Gated(nn.Module):
     """A norm, gate and up as in a model."""
 

@@ -119,4 +119,4 @@ def test_steps_equal_no_cache_and_each_other(name: str, length: int) -> None:
 def test_few_kernels_per_layer(name: str) -> None:
     launches = cached(name).compiled().report.launches
     layers = len(cached(name).states)
-    assert len(launches) <= 8 * layers + 2
+    assert len(launches) <= 8 * layers + 3  # and the head twice: with logits, and with choices alone
