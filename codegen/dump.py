@@ -23,8 +23,9 @@ from pathlib import Path
 from torchweld.codegen.cache import Cache
 from torchweld.codegen.dump_text import kernel_file
 from torchweld.codegen.gpu_build import GpuBuild, build_for_gpus
-from torchweld.codegen.ir import Kernel, MatmulPart
+from torchweld.codegen.ir import Kernel
 from torchweld.codegen.triton import TritonKernel, build_triton
+from torchweld.codegen.triton_best import search_refusal
 from torchweld.codegen.triton_schedule import MAX_SHRINK
 from torchweld.graph.target import GpuTarget
 
@@ -88,9 +89,8 @@ def dump_all(
     size without a value, OSError where `out` cannot be written.
     """
     everything = _merge(dumps)
-    # Triton has no words for a search yet: such a kernel is named among the problems, and only its C++ is written.
-    searches = [entry for entry in everything if _has_search(entry.kernel)]
-    entries = [entry for entry in everything if not _has_search(entry.kernel)]
+    refusals = {entry.kernel.name: _refusal(entry.kernel) for entry in everything}
+    entries = [entry for entry in everything if refusals[entry.kernel.name] is None]
     printed, builds = fit_kernels([entry.kernel for entry in entries], targets, workers, cache)
     out.mkdir(parents=True, exist_ok=True)
     files = []
@@ -101,9 +101,7 @@ def dump_all(
         )
         path.write_text(source, encoding="utf-8")
         files.append(path)
-        if entry.cpp_source is not None:
-            path.with_suffix(".cpp").write_text(entry.cpp_source, encoding="utf-8")
-    for entry in searches:
+    for entry in everything:
         if entry.cpp_source is not None:
             (out / f"{entry.kernel.name}.cpp").write_text(entry.cpp_source, encoding="utf-8")
     backends = {target.name: target.backend for target in targets}
@@ -115,12 +113,13 @@ def dump_all(
             Path(f"{stem}{binary_suffix}").write_bytes(build.binary)
     _write_resources(out, builds)
     problems = tuple(f"{b.kernel} for {b.target}: {b.problem}" for b in builds if b.problem is not None)
-    problems += tuple(f"{e.kernel.name}: searches its products, which has no Triton yet" for e in searches)
+    problems += tuple(f"{name}: {reason}" for name, reason in refusals.items() if reason is not None)
     return DumpResult(tuple(files), tuple(builds), problems)
 
 
-def _has_search(kernel: Kernel) -> bool:
-    return any(isinstance(part, MatmulPart) and part.choices for part in kernel.parts)
+def _refusal(kernel: Kernel) -> str | None:
+    """Why there is no Triton of a kernel; its C++ is written all the same."""
+    return next((reason for part in kernel.parts if (reason := search_refusal(part)) is not None), None)
 
 
 def _merge(dumps: Sequence[KernelDump]) -> list[KernelDump]:

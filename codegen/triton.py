@@ -25,6 +25,7 @@ from torchweld.codegen.ir import (
     part_terms,
 )
 from torchweld.codegen.triton_attention import ATTENTION_NAMES, print_attention
+from torchweld.codegen.triton_best import print_search
 from torchweld.codegen.triton_folds import FoldPrinter
 from torchweld.codegen.triton_frame import Frame
 from torchweld.codegen.triton_heads import attend_of
@@ -172,7 +173,7 @@ def _part_body(
         case RowPart():
             print_rows(printer, part, schedule)
         case MatmulPart():
-            print_matmul(printer, part, schedule)
+            (print_search if part.choices else print_matmul)(printer, part, schedule)
         case AttentionPart():
             print_attention(printer, part, schedule, splits)
     return writer.lines

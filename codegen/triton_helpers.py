@@ -187,3 +187,65 @@ def join_states(top, total, mixed, other_top, other_total, other_mixed):
     base = tl.where(joined == float("-inf"), 0.0, joined)
     kept, added = tl.exp(top - base), tl.exp(other_top - base)
     return joined, tl.fma(total, kept, other_total * added), tl.fma(mixed, kept, other_mixed * added)
+
+
+@triton.jit
+def search_keys(x, place):
+    """One int64 for each float32 entry of a row, greater for what comes earlier in descending order.
+
+    The upper half is the number, as an integer of the same order with NaN above all; the lower half puts the lower of
+    two places in front. 0 and -0 are equal, so both are 0.
+    """
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    order = tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return (order.to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
+
+
+@triton.jit
+def no_keys(rows: tl.constexpr, lanes: tl.constexpr, count: tl.constexpr):
+    """Lists of `count` keys below every entry's and above what masked columns have; lanes beyond stay as they are."""
+    lane = tl.arange(0, lanes)[None, :].to(tl.int64)
+    empty = tl.where(lane < count, lane - 9200000000000000000, 0x7FFFFFFFFFFFFFFF)
+    return tl.broadcast_to(empty, [rows, lanes])
+
+
+@triton.jit
+def keep_greatest(found, keys):
+    """Lists `found` of every row with their least keys replaced while `keys` have a greater one.
+
+    Keys of a row are all different; a round takes one of every row. Most tiles have nothing and take no round.
+    """
+    top = tl.max(keys, axis=1, keep_dims=True)
+    least = tl.min(found, axis=1, keep_dims=True)
+    while tl.max((top > least).to(tl.int32)) > 0:
+        found = tl.where((found == least) & (top > least), top, found)
+        keys = tl.where(keys == top, -0x7FFFFFFFFFFFFFFF, keys)
+        top = tl.max(keys, axis=1, keep_dims=True)
+        least = tl.min(found, axis=1, keep_dims=True)
+    return found
+
+
+@triton.jit
+def keys_in_order(found, lanes: tl.constexpr, count: tl.constexpr):
+    """The first `count` lanes of every list in descending order."""
+    lane = tl.arange(0, lanes)[None, :]
+    rest = tl.where(lane < count, found, -0x7FFFFFFFFFFFFFFF)
+    ordered = rest
+    for rank in range(count):
+        top = tl.max(rest, axis=1, keep_dims=True)
+        ordered = tl.where(lane == rank, top, ordered)
+        rest = tl.where(rest == top, -0x7FFFFFFFFFFFFFFF, rest)
+    return ordered
+
+
+@triton.jit
+def key_value(keys):
+    """The numbers of keys."""
+    order = (keys >> 32).to(tl.int32)
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_place(keys):
+    """The places of keys."""
+    return 0x7FFFFFFF - (keys & 0x7FFFFFFF)

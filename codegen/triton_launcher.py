@@ -36,8 +36,9 @@ def _factors(part: Part, schedule: Schedule) -> list[tuple[Expr, int]]:
         case RowPart():
             return [(width(part.grid), schedule.block_rows)]
         case MatmulPart():
-            tiles = (part.n.extent, schedule.block_n)
-            return [(width(part.batch), 1), (width(part.rows), schedule.block_rows), tiles]
+            tiles = [(width(part.batch), 1), (width(part.rows), schedule.block_rows)]
+            # A program that searches its products goes over all columns itself.
+            return tiles if part.choices else [*tiles, (part.n.extent, schedule.block_n)]
         case AttentionPart():
             heads = group_heads(part)
             return [(width(heads.part.batch), 1), (width(heads.rows), schedule.block_rows)]

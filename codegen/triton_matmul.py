@@ -26,35 +26,47 @@ from torchweld.graph.terms import Axis, Contract, Load, Op, Term
 
 def print_matmul(printer: FoldPrinter, part: MatmulPart, schedule: Schedule) -> None:
     """The body of a function that runs program `pid` of a MatmulPart; the tiles of one column are neighbours."""
-    if part.choices:
-        raise NotImplementedError(
-            f"{part.choices[0].name}: a search of a matmul's products has no Triton yet; "
-            "leave fuse_vertical out, and the products are stored"
-        )
     writer = printer.writer
-    printer.frame = Frame(2)
-    m_tiles = writer.let("row_tiles", ceil_div(printer, part.rows, schedule.block_rows))
+    m_tiles = row_tiles(printer, part, schedule)
     n_tiles = ceil_div(printer, (part.n,), schedule.block_n)
+    batch, column = "", f"(pid // {m_tiles.operand})"
     if part.batch:
         n_tiles = writer.let("n_tiles", n_tiles)
-        batch = f"pid // ({m_tiles.operand} * {n_tiles.operand})"
-        group, _ = tile_group(printer, part.batch, 1, f"({batch})", 0, "batch")
-        printer.frame = printer.frame.with_group(group)
+        batch = f"(pid // ({m_tiles.operand} * {n_tiles.operand}))"
         column = f"(pid // {m_tiles.operand} % {n_tiles.operand})"
-    else:
-        column = f"(pid // {m_tiles.operand})"
-    rows, row_dims = tile_group(
-        printer, part.rows, schedule.block_rows, f"(pid % {m_tiles.operand})", 0, "row"
-    )
-    printer.frame = printer.frame.with_group(rows, **row_dims)
-    for bind in part.row_binds:
-        printer.refs[bind.name] = writer.let(bind.name, printer.term(bind.term))
+    enter_rows(printer, part, schedule, batch, m_tiles)
     n, n_dims = tile_group(printer, (part.n,), schedule.block_n, column, 1, part.n.name)
-    for contracts in _same_k(part.contracts):
-        _print_contracts(printer, contracts, (n, n_dims), schedule)
+    print_products(printer, part, (n, n_dims), schedule)
     with printer.within(printer.frame.with_group(n, **n_dims)):
         for store in part.stores:
             print_store(printer, store)
+
+
+def row_tiles(printer: FoldPrinter, part: MatmulPart, schedule: Schedule) -> Value:
+    """A frame for tiles, and the number of tiles of rows as a variable."""
+    printer.frame = Frame(2)
+    return printer.writer.let("row_tiles", ceil_div(printer, part.rows, schedule.block_rows))
+
+
+def enter_rows(
+    printer: FoldPrinter, part: MatmulPart, schedule: Schedule, batch: str, m_tiles: Value
+) -> None:
+    """The frame with the rows of program `pid`, and what is bound once per row; `batch` numbers the batch."""
+    if part.batch:
+        group, _ = tile_group(printer, part.batch, 1, batch, 0, "batch")
+        printer.frame = printer.frame.with_group(group)
+    rows, dims = tile_group(printer, part.rows, schedule.block_rows, f"(pid % {m_tiles.operand})", 0, "row")
+    printer.frame = printer.frame.with_group(rows, **dims)
+    for bind in part.row_binds:
+        printer.refs[bind.name] = printer.writer.let(bind.name, printer.term(bind.term))
+
+
+def print_products(
+    printer: FoldPrinter, part: MatmulPart, n: tuple[Group, dict[str, Dim]], schedule: Schedule
+) -> None:
+    """The accumulators of one tile: the rows of the frame by the columns `n`; they become refs."""
+    for contracts in _same_k(part.contracts):
+        _print_contracts(printer, contracts, n, schedule)
 
 
 def ceil_div(printer: FoldPrinter, axes: Sequence[Axis], block: int) -> Value:

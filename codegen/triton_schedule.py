@@ -63,7 +63,7 @@ def gpu_schedule(part: Part, shrink: int = 0) -> Schedule:
         case RowPart():
             return _row_schedule(part, shrink)
         case MatmulPart():
-            return _MATMUL[shrink]
+            return (_SEARCH if part.choices else _MATMUL)[shrink]
         case AttentionPart():
             return _attention_schedule(part, shrink)
 
@@ -75,6 +75,14 @@ _MATMUL = (
     Schedule(block_rows=16, block_n=64, block_k=16, warps=4, stages=1),
     Schedule(block_rows=16, block_n=32, block_k=16, warps=4, stages=1),
     Schedule(block_rows=16, block_n=16, block_k=16, warps=4, stages=1),
+)
+
+# A program goes over all columns, so what it reads at a time decides how fast the weight comes in.
+_SEARCH = (
+    Schedule(block_rows=16, block_n=256, block_k=64, warps=8, stages=1),
+    Schedule(block_rows=16, block_n=128, block_k=64, warps=8, stages=1),
+    Schedule(block_rows=16, block_n=128, block_k=32, warps=8, stages=1),
+    Schedule(block_rows=16, block_n=64, block_k=16, warps=4, stages=1),
 )
 
 
