@@ -40,7 +40,7 @@ from torchweld.codegen.packing import (
     shared_packer,
 )
 from torchweld.codegen.plan import EagerStep, Launch, Plan
-from torchweld.codegen.release_pages import release_file_pages
+from torchweld.codegen.release_pages import release_file_pages, release_free_memory
 from torchweld.graph.formats import get_format
 from torchweld.graph.terms import Axis, Contract, Decode, Expr, Load, Op, Term, children, rebuild, walk
 
@@ -154,6 +154,7 @@ class PackedConstants:
             self.data = dict(zip(self._packings, packed, strict=True))
             self._versions = self._current()
             self.release_stored()
+            release_free_memory()
 
     def release_stored(self) -> int:
         """Drop the pages of the model's file that are needed no longer; bytes. They come back if they are read."""

@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchweld.codegen.cache import Cache
+from torchweld.codegen.release_pages import FilePages
 from torchweld.codegen.toolchain import compile_shared, load
 from torchweld.graph.formats import get_format
 
@@ -37,6 +38,7 @@ _DENSE: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloa
 _HUGE_PAGE: Final = 2 << 20
 _LINE: Final = 64
 _PIECE: Final = 1 << 20  # bytes of a weight that a thread packs at a time
+_SPAN: Final = 16 << 20  # bytes of a weight after which what was read of the model's file is dropped
 
 
 def columns_of(format_: str, row_bytes: int) -> int:
@@ -109,12 +111,18 @@ class Packer:
         with self._lock, torch._C.DisableTorchFunction():
             found = {id(weight.tensor): self._find(weight) for weight in weights}
             new = list({id(w.tensor): w for w in weights if found[id(w.tensor)] is None}.values())
-            for weight, data in zip(new, self._room(new), strict=True):
-                self._fill(weight, data, threads)
+            for weight, data in self._packed(new, threads) if new else ():
                 self._known[weight.tensor] = _Packed(weakref.ref(data), weight.format, version(weight.tensor))
                 found[id(weight.tensor)] = data
         packed = tuple(found[id(weight.tensor)] for weight in weights)
         return tuple(data for data in packed if data is not None)
+
+    def _packed(self, weights: Sequence[Packing], threads: int) -> Iterator[tuple[Packing, Tensor]]:
+        """Each weight with its packed form, one after the other."""
+        pages = FilePages()
+        for weight, data in zip(weights, self._room(weights), strict=True):
+            self._fill(weight, data, threads, pages)
+            yield weight, data
 
     def _find(self, weight: Packing) -> Tensor | None:
         """What the weight was packed to, if somebody still holds it and nobody wrote to the weight since."""
@@ -128,21 +136,33 @@ class Packer:
         sizes = [-(-self.nbytes(weight) // _LINE) * _LINE for weight in weights]
         return list(torch.split(huge_pages(sum(sizes)), sizes)) if sizes else []
 
-    def _fill(self, weight: Packing, data: Tensor, threads: int) -> None:
-        source = weight.tensor.detach()
-        if source.dtype != torch.uint8:
-            source = source.to(_DENSE[weight.format])
-        source = source.contiguous()
+    def _fill(self, weight: Packing, data: Tensor, threads: int, pages: FilePages) -> None:
+        """Pack in spans, and give the pages of the model's file back behind each."""
         groups = -(-weight.rows // GROUP)
-        step = max(1, _PIECE * groups // max(1, data.numel()))
+        span = max(1, _SPAN * groups // max(1, data.numel()))
+        for first in range(0, groups, span):
+            rows = weight.tensor.detach()[first * GROUP : (first + span) * GROUP]
+            whole = rows.is_contiguous()
+            self._fill_span(weight, rows, data, range(first, min(groups, first + span)), threads)
+            if whole:
+                pages.release(rows.data_ptr(), rows.data_ptr() + rows.nbytes)
+
+    def _fill_span(self, weight: Packing, rows: Tensor, data: Tensor, groups: range, threads: int) -> None:
+        """Pack these groups, whose rows are `rows`."""
+        if rows.dtype != torch.uint8:
+            rows = rows.to(_DENSE[weight.format])
+        rows = rows.contiguous()
         number = STORED.index(weight.format)
         shape = (weight.rows, weight.columns, weight.row_bytes)
+        # The packer counts rows from the first of the weight.
+        source = rows.data_ptr() - groups.start * GROUP * weight.row_bytes
+        step = max(1, _PIECE * -(-weight.rows // GROUP) // max(1, data.numel()))
 
         def piece(first: int) -> None:
-            last = min(groups, first + step)
-            self._library.tw_pack(number, source.data_ptr(), *shape, data.data_ptr(), first, last)
+            last = min(groups.stop, first + step)
+            self._library.tw_pack(number, source, *shape, data.data_ptr(), first, last)
 
-        pieces = range(0, groups, step)
+        pieces = range(groups.start, groups.stop, step)
         if threads == 1 or len(pieces) == 1:
             for first in pieces:
                 piece(first)

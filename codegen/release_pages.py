@@ -20,24 +20,45 @@ _CHANGED: Final = re.compile(r"^Anonymous:\s+(\d+) kB", re.MULTILINE)
 _SMAPS: Final = Path("/proc/self/smaps")
 
 
+class FilePages:
+    """The private mappings of files in which no page was written to when this was made (none off Linux)."""
+
+    def __init__(self) -> None:
+        self._areas: list[tuple[int, int]] = []
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._areas = list(_clean_file_areas())
+            self._madvise = ctypes.CDLL(None).madvise
+            self._madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+    def release(self, first: int, last: int) -> int:
+        """Drop the pages that lie wholly between two addresses, if those are inside one such mapping; bytes."""
+        begin = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = last // mmap.PAGESIZE * mmap.PAGESIZE
+        if end <= begin or not any(first <= begin and end <= last for first, last in self._areas):
+            return 0
+        return 0 if self._madvise(begin, end - begin, mmap.MADV_DONTNEED) else end - begin
+
+
+def release_free_memory() -> None:
+    """Give back what was freed in between (of capturing, say) and the C library keeps; nothing but in glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def release_file_pages(tensors: Sequence[Tensor]) -> int:
     """Drop the pages of mapped files that lie wholly inside `tensors`; the bytes dropped at most (0 off Linux).
 
     Only areas without a single page of their own (written to since they were mapped) are touched, so no value changes.
     """
-    if not tensors or not hasattr(mmap, "MADV_DONTNEED"):
+    if not tensors:
         return 0
-    areas = list(_clean_file_areas())
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    dropped = 0
-    for tensor in tensors:
-        begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        inside = any(first <= begin and end <= last for first, last in areas)
-        if end > begin and tensor.is_contiguous() and inside:
-            dropped += 0 if madvise(begin, end - begin, mmap.MADV_DONTNEED) else end - begin
-    return dropped
+    pages = FilePages()
+    return sum(
+        pages.release(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+        for tensor in tensors
+        if tensor.is_contiguous()
+    )
 
 
 def _clean_file_areas() -> Iterator[tuple[int, int]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,3 +185,27 @@ def test_memory_of_huge_pages_is_zeroed_and_aligned(nbytes: int) -> None:
     assert room.data_ptr() % (64 if nbytes < 2 << 20 else 2 << 20) == 0 or nbytes == 0
     room.fill_(7)
     assert int(room.sum(dtype=torch.int64)) == 7 * nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resets the peak that Linux keeps")
+def test_a_file_and_its_packed_form_are_not_in_memory_at_once(tmp_path: Path) -> None:
+    """The peak of packing is the packed form and little else, because the file's pages go as they are read."""
+    rows, columns = 24576, 2048
+    row_bytes = columns // 32 * 34
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(rows * row_bytes))
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    packing = Packing(torch.frombuffer(mapped, dtype=torch.uint8).view(rows, row_bytes), "Q8_0")
+    packer = shared_packer(Cache())
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    (packed,) = packer.pack([packing], 2)
+    assert packed.numel() >= rows * row_bytes
+    assert memory("VmHWM") - before < 1.6 * rows * row_bytes
+
+
+def memory(field: str) -> int:
+    """Bytes, of a field of this process's status."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024

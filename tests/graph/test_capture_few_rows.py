@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchweld.graph.capture import capture
 from torchweld.graph.capture_few_rows import ROWS, FewRows
 from torchweld.graph.capture_inputs import flatten_example
-from torchweld.graph.capture_verify import find_differences
+from torchweld.graph.capture_verify import PIECE, difference_at, find_differences
 from torchweld.graph.formats.legacy_blocks import Int8Blocks
 from torchweld.graph.ops.dequantize import dequantize
 from torchweld.graph.program import Program
@@ -141,3 +141,19 @@ def test_a_difference_counts_only_with_the_true_weights(decoded_rows: list[int])
     assert {200, ROWS} == set(decoded_rows)
     assert not program.static_dims
     assert {size.low for size in program.sizes} == {1}
+
+
+@pytest.mark.parametrize("place", [0, PIECE - 1, PIECE, PIECE + 5])
+@pytest.mark.parametrize("value", [1.5, torch.nan])
+def test_one_wrong_element_of_a_large_output_is_found(place: int, value: float) -> None:
+    def model(x: Tensor) -> Tensor:
+        return x.expand(PIECE + 6) * 1.0
+
+    def planted(x: Tensor) -> Tensor:
+        return torch.cat((model(x)[:place], torch.full((1,), value), model(x)[place + 1 :]))
+
+    args = (torch.ones(1),)
+    example = flatten_example(model, args, {}, False)
+    right, wrong = (capture(function, args, dynamic=False, verify=False) for function in (model, planted))
+    assert difference_at(right, model, example, {}) is None
+    assert "differs" in (difference_at(wrong, model, example, {}) or "")
