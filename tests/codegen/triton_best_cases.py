@@ -15,7 +15,7 @@ from pathlib import Path
 
 import sympy
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -121,10 +121,11 @@ def assert_same(got: Tensor, want: Tensor) -> None:
     assert torch.equal(got.nan_to_num(nan=0.0), want.nan_to_num(nan=0.0)), (got, want)
 
 
+PHASES = (Phase.explicit, Phase.generate)  # to shrink a failure takes minutes here
 SPECIAL = st.sampled_from([0.0, NAN, INF, -INF])
 
 
-@settings(max_examples=25, deadline=None, database=None, derandomize=True)
+@settings(max_examples=25, deadline=None, database=None, derandomize=True, phases=PHASES)
 @given(SHAPES, SPECIAL, st.integers(0, 1 << 16))
 def as_the_interpreter(shape: Shape, special: float, seed: int) -> None:
     """A bias epilogue: the reference interpreter's choice, bit for bit."""
@@ -135,7 +136,7 @@ def as_the_interpreter(shape: Shape, special: float, seed: int) -> None:
         assert_same(got, want)
 
 
-@settings(max_examples=10, deadline=None, database=None, derandomize=True)
+@settings(max_examples=10, deadline=None, database=None, derandomize=True, phases=PHASES)
 @given(SHAPES, SPECIAL, st.integers(0, 1 << 16))
 def as_the_stored_scores(shape: Shape, special: float, seed: int) -> None:
     """A soft cap, which makes large scores equal: the order that torch's stable sort gives the stored scores."""
