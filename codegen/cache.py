@@ -26,6 +26,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import stat
@@ -47,6 +48,8 @@ from torchweld.codegen.private_folder import (
     process_folder,
     why_unsafe,
 )
+
+log = logging.getLogger(__name__)
 
 JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
 
@@ -161,11 +164,19 @@ class Cache:
             self._hits += 1
         return path
 
-    def put(self, key: str, data: bytes, meta: Mapping[str, str] | None = None, suffix: str = ".bin") -> Path:
+    def put(
+        self,
+        key: str,
+        data: bytes | memoryview,
+        meta: Mapping[str, str] | None = None,
+        suffix: str = ".bin",
+        *,
+        elsewhere: bool = True,
+    ) -> Path:
         """Store `data` under `key`, in place of what was there, and return the payload's path.
 
-        Raises CacheError when neither the folder nor a private temporary one takes it (a disk full
-        everywhere).
+        Raises CacheError when neither the folder nor, if `elsewhere` is allowed, a private temporary one takes it (a
+        disk full everywhere).
         """
         _check_key(key)
         if not _SUFFIX.fullmatch(suffix):
@@ -174,6 +185,9 @@ class Cache:
             return _write_entry(self.folder, key, data, meta or {}, suffix)
         except OSError as error:
             first = error
+        if not elsewhere:
+            why = f"{self.folder} cannot be written ({first.strerror or first})"
+            raise CacheError(f"no place for a cache entry of {len(data)} bytes: {why}") from first
         place = self._private_folder()
         self._warn(
             f"the kernel cache in {self.folder} cannot be written ({first.strerror or first}); using {place}"
@@ -265,6 +279,7 @@ class Cache:
             if entry == before:  # else it was replaced while we read, not damaged
                 break
         self._damaged += 1
+        log.warning("the cache entry %s is damaged: it is deleted, and made again", header)
         _delete(header)
         if entry is not None:
             _delete(entry.path)
@@ -320,7 +335,9 @@ def _is_header(file: Path) -> bool:
     return file.suffix == ".json" and _KEY.fullmatch(file.stem) is not None
 
 
-def _write_entry(folder: Path, key: str, data: bytes, meta: Mapping[str, str], suffix: str) -> Path:
+def _write_entry(
+    folder: Path, key: str, data: bytes | memoryview, meta: Mapping[str, str], suffix: str
+) -> Path:
     digest = hashlib.sha256(data).hexdigest()
     payload = folder / f"{key}.{digest[:16]}{suffix}"
     header: dict[str, JsonValue] = {
@@ -339,7 +356,7 @@ def _write_entry(folder: Path, key: str, data: bytes, meta: Mapping[str, str], s
     return payload
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def _write_whole(path: Path, data: bytes | memoryview) -> None:
     """Write a file so that its name shows all of it or nothing, even after a power cut or kill -9."""
     handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)  # O_EXCL, O_NOFOLLOW, mode 0600
     try:

@@ -59,7 +59,7 @@ class Executable:
     """A plan, compiled. Call it with the plan's inputs to get its outputs.
 
     threads: None means `torch.get_num_threads()`. cache: where compiled units are kept; None means the user's cache.
-    precision: of products with packed weights (codegen/cpp_packed.py has the table).
+    precision: of products with packed weights (codegen/cpp_packed.py has the table). packed_cache: keep these there.
     Raises BuildError if it cannot be compiled, PlanError if the plan contradicts itself. Several threads may call one
     executable; they take turns. The bits of the result do not depend on `threads`.
     """
@@ -71,6 +71,7 @@ class Executable:
         threads: int | None = None,
         cache: Cache | None = None,
         precision: Precision = "f32",
+        packed_cache: bool = False,
     ) -> None:
         plan.check()
         self.plan = plan
@@ -80,7 +81,7 @@ class Executable:
         self._threads = torch.get_num_threads() if threads is None else threads
         self._cache = cache or Cache()
         try:
-            self._packed = PackedConstants(plan, self._threads, self._cache, precision)
+            self._packed = PackedConstants(plan, self._threads, self._cache, precision, keep=packed_cache)
         except ToolchainError as error:
             raise BuildError(f"the weights cannot be packed: {error}") from error
         kept = {name: tensor for name, tensor in plan.constants.items() if name not in self._packed.data}

@@ -137,8 +137,11 @@ _VERSION = attrgetter("_version")
 class PackedConstants:
     """The packed weights of one executable: `data` by name, uint8 as runtime/packed.h lays them out."""
 
-    def __init__(self, plan: Plan, threads: int, cache: Cache, precision: Precision = "f32") -> None:
-        """Pack what `find_packings` finds. Raises ToolchainError."""
+    def __init__(
+        self, plan: Plan, threads: int, cache: Cache, precision: Precision = "f32", *, keep: bool = False
+    ) -> None:
+        """Pack what `find_packings` finds; keep: look for it in `cache` first. Raises ToolchainError."""
+        self._keep = cache if keep else None
         self._packings = find_packings(plan, precision)
         self._threads = threads
         self._packer = shared_packer(cache) if self._packings else None
@@ -150,7 +153,7 @@ class PackedConstants:
 
     def _pack(self) -> None:
         if self._packer is not None:
-            packed = self._packer.pack(tuple(self._packings.values()), self._threads)
+            packed = self._packer.pack(tuple(self._packings.values()), self._threads, self._keep)
             self.data = dict(zip(self._packings, packed, strict=True))
             self._versions = self._current()
             self.release_stored()

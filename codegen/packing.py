@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchweld.codegen.cache import Cache
+from torchweld.codegen.packed_store import LEAST_BYTES, PackedStore
 from torchweld.codegen.release_pages import FilePages
 from torchweld.codegen.toolchain import compile_shared, load
 from torchweld.graph.formats import get_format
@@ -96,7 +97,7 @@ class Packer:
         library.tw_pack.argtypes = (
             ctypes.c_int32, address, number, number, number, address, number, number,
         )  # fmt: skip
-        self._library = library
+        self._library, self._source = library, source
         self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
 
@@ -105,24 +106,37 @@ class Packer:
         format_ = STORED.index(packing.format)
         return int(self._library.tw_packed_bytes(format_, packing.rows, packing.columns))
 
-    def pack(self, weights: Sequence[Packing], threads: int) -> tuple[Tensor, ...]:
-        """The packed weights (uint8), in order; those that are packed already are not packed again."""
+    def pack(self, weights: Sequence[Packing], threads: int, keep: Cache | None = None) -> tuple[Tensor, ...]:
+        """The packed weights (uint8), in order; those that are packed already are not packed again.
+
+        keep: where packed weights are looked for, and kept for the next process.
+        """
         # Whoever notes which weights decided something (graph/value_reads.py) need not see that they are packed.
         with self._lock, torch._C.DisableTorchFunction():
             found = {id(weight.tensor): self._find(weight) for weight in weights}
             new = list({id(w.tensor): w for w in weights if found[id(w.tensor)] is None}.values())
-            for weight, data in self._packed(new, threads) if new else ():
+            for weight, data in self._packed(new, threads, keep) if new else ():
                 self._known[weight.tensor] = _Packed(weakref.ref(data), weight.format, version(weight.tensor))
                 found[id(weight.tensor)] = data
         packed = tuple(found[id(weight.tensor)] for weight in weights)
         return tuple(data for data in packed if data is not None)
 
-    def _packed(self, weights: Sequence[Packing], threads: int) -> Iterator[tuple[Packing, Tensor]]:
+    def _packed(
+        self, weights: Sequence[Packing], threads: int, keep: Cache | None
+    ) -> Iterator[tuple[Packing, Tensor]]:
         """Each weight with its packed form, one after the other."""
         pages = FilePages()
-        for weight, data in zip(weights, self._room(weights), strict=True):
-            self._fill(weight, data, threads, pages)
-            yield weight, data
+        store = None if keep is None else PackedStore(keep, self._source)
+        for weight, room in zip(weights, self._room(weights), strict=True):
+            data, tensor = room[: self.nbytes(weight)], weight.tensor
+            if store is None or data.numel() < LEAST_BYTES:
+                self._fill(weight, data, threads, pages)
+            elif not store.read(key := store.key(tensor, weight.format), data):
+                self._fill(weight, data, threads, pages)
+                store.write(key, data, weight.format)
+            elif tensor.is_contiguous():
+                pages.release(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+            yield weight, room
 
     def _find(self, weight: Packing) -> Tensor | None:
         """What the weight was packed to, if somebody still holds it and nobody wrote to the weight since."""
