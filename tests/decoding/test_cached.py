@@ -396,7 +396,7 @@ def test_what_the_model_is(folder: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_kernels_per_layer(kind: str, folder: Path) -> None:
     launches = subject(kind, folder).cached.compiled().report.launches
-    assert len(launches) <= 2 * 8 + 1, [launch.kernel for launch in launches]
+    assert len(launches) <= 2 * 8 + 2, [launch.kernel for launch in launches]
 
 
 def test_from_a_plain_module(folder: Path) -> None:
