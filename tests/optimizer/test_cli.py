@@ -258,7 +258,7 @@ def test_passes_are_listed_with_their_five_lines(torchweld: Runner) -> None:
 def test_doctor_json(torchweld: Runner) -> None:
     done = torchweld("doctor", "--json")
     assert done.code == 0
-    assert len(json.loads(done.out)["variables"]) == 6
+    assert len(json.loads(done.out)["variables"]) == 7
 
 
 def test_cache_commands(torchweld: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
