@@ -69,12 +69,16 @@ class Machine:
     l3_bytes: int
 
 
+_FAR: Final = 1.5  # one minute of a shared host and the next
+
+
 def measured_target(cache: Cache) -> Target:
     """This machine's ceilings, measured once in about 1 s and then read from the cache.
 
     `origin` is "measured", or "rough" where there is no working compiler. Numbers taken while other
     processes were running are measured again at the first call that finds the machine idle; then the
-    better of the two counts.
+    better of the two counts, unless nothing is far better: what was decided with the old numbers, and every plan
+    that is kept for a warm start, stays as it is.
     """
     machine = describe_machine()
     path = os.environ.get(ISA_VARIABLE) or "native"
@@ -92,7 +96,8 @@ def measured_target(cache: Cache) -> Target:
         return _rough_target(machine, cache)
     busy = busy or _others_running()
     if known is not None:
-        target = better_ceilings(target, known.target)
+        better = better_ceilings(target, known.target)
+        target = better if _is_far_better(better, known.target) else known.target
     cache.put_json(key, _target_json(target, busy), {"name": "ceilings of this machine"})
     return target
 
@@ -310,6 +315,16 @@ def better_ceilings(one: Target, other: Target) -> Target:
         int8_gops=max(one.int8_gops, other.int8_gops),
         launch_us=min(one.launch_us, other.launch_us),
     )
+
+
+def _is_far_better(better: Target, known: Target) -> bool:
+    """Whether a rate or the cost of a launch is another one by more than what two quiet measurements differ by."""
+    pairs = (
+        (better.read_gb_s, known.read_gb_s), (better.f32_gflops, known.f32_gflops),
+        (better.bf16_gflops, known.bf16_gflops), (better.int8_gops, known.int8_gops),
+        (known.launch_us, better.launch_us),
+    )  # fmt: skip
+    return any(more > _FAR * less for more, less in pairs)
 
 
 @dataclass(frozen=True)

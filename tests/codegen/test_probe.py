@@ -128,6 +128,22 @@ def test_second_call_reads_the_cache(cache: Cache, monkeypatch: pytest.MonkeyPat
 
 
 @needs_compiler
+def test_numbers_that_are_hardly_better_change_nothing(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans for a warm start are kept under these numbers: a second measurement must not make every start cold."""
+    first = measured_target(cache)
+    overwrite_stored(cache, {"target": asdict(first), "busy": True})
+    monkeypatch.setattr(probe, "_others_running", lambda: False)
+    monkeypatch.setattr(
+        probe, "measure", lambda machine, cache: replace(first, f32_gflops=1.4 * first.f32_gflops)
+    )
+    assert measured_target(cache) == first
+    monkeypatch.setattr(
+        probe, "measure", lambda machine, cache: replace(first, f32_gflops=9 * first.f32_gflops)
+    )
+    assert measured_target(cache) == first  # and it is not measured a third time
+
+
+@needs_compiler
 def test_numbers_of_a_busy_machine_are_measured_again(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "_others_running", lambda: True)
     measured_target(cache)
