@@ -127,7 +127,6 @@ def test_second_call_reads_the_cache(cache: Cache, monkeypatch: pytest.MonkeyPat
     assert measured_target(cache) == STORED
 
 
-@needs_compiler
 def test_numbers_that_are_hardly_better_change_nothing(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans for a warm start are kept under these numbers: a second measurement must not make every start cold."""
     first = measured_target(cache)
