@@ -6,7 +6,7 @@ What the caller gets is never in the arena; nor is what an eager step reads, sin
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Final
@@ -14,7 +14,7 @@ from typing import Final
 from torchweld.codegen.batches import BatchSplitter, Pieces, PiecesRun, has_batch
 from torchweld.codegen.cpp import PrintedKernel
 from torchweld.codegen.ir import Kernel
-from torchweld.codegen.library_runs import LibraryLaunch, LibraryRuns
+from torchweld.codegen.library_runs import LibraryLaunch, LibraryRuns, Segment
 from torchweld.codegen.plan import EagerStep, Launch, Plan, SizeTable, ValueSpec, Work
 from torchweld.codegen.plan_memory import ALIGNMENT, Lifetime, MemoryPlan, plan_memory
 from torchweld.codegen.runtime.team import LaunchRecord
@@ -76,7 +76,13 @@ class Binder:
 
     def bind(self, table: SizeTable, in_pieces: bool = True) -> Binding:
         """What follows from the sizes; in_pieces: a batch may go through the launches piece by piece."""
-        groups = tuple(self._library.segments(table))
+        idle = {id(launch) for launch in self._plan.launches() if self._writes_nothing(launch, table)}
+        prepared = [
+            p
+            for p, launch in zip(self._prepared, self._plan.launches(), strict=True)
+            if id(launch) not in idle
+        ]
+        groups = tuple(_without(self._library.segments(table), idle))
         own = not any(isinstance(group, LibraryLaunch) for group in groups)
         cut = None
         if in_pieces and own:
@@ -85,20 +91,20 @@ class Binder:
         memory = self._memory(at_once)
         sizes: dict[int, ctypes.Array[ctypes.c_int64]] = {}
         segments: list[ctypes.Array[LaunchRecord] | EagerStep | LibraryLaunch] = []
-        prepared = iter(self._prepared)
+        following = iter(prepared)
         for group in groups:
             if isinstance(group, tuple):
-                segments.append(self._records([next(prepared) for _ in group], at_once, sizes))
+                segments.append(self._records([next(following) for _ in group], at_once, sizes))
                 continue
             if isinstance(group, LibraryLaunch):
-                next(prepared)  # its record is not needed
+                next(following)  # its record is not needed
             segments.append(group)
         arena_bytes = memory.arena_bytes
         pieces: PiecesRun | None = None
         last_sizes: dict[int, ctypes.Array[ctypes.c_int64]] = {}
         if cut is not None:
             stride = -(-arena_bytes // 4096) * 4096 + ALIGNMENT
-            pieces = self._pieces(cut, stride, self._records(self._prepared, cut.last, last_sizes))
+            pieces = self._pieces(cut, stride, self._records(prepared, cut.last, last_sizes))
             arena_bytes = stride * self._threads
         room = max((at_once(expr) for f in self._functions for expr in f.scratch), default=0)
         # Whole pages and one line more: the threads' pieces must not fall on the same cache sets.
@@ -112,6 +118,10 @@ class Binder:
         return Binding(
             table, memory, tuple(segments), launches, stride, tuple(rooms), fresh, arena_bytes, pieces, kept
         )
+
+    def _writes_nothing(self, launch: Launch, table: SizeTable) -> bool:
+        """Whether all that it writes is empty at these sizes, as the end of a step that nobody asked for."""
+        return all(0 in table.shape(self._plan.values[name]) for name in launch.written())
 
     def _memory(self, table: SizeTable) -> MemoryPlan:
         """The places of intermediate values."""
@@ -149,6 +159,18 @@ class Binder:
         arena = [self._slots[spec.name] for spec, _, _ in self._arena_values]
         slots = len(self._slots) + self._shared
         return PiecesRun(cut.count, last, slots, self._threads, strides, arena, arena_stride)
+
+
+def _without(groups: Iterable[Segment], idle: Collection[int]) -> Iterator[Segment]:
+    """The segments without these launches (by identity)."""
+    for group in groups:
+        if isinstance(group, LibraryLaunch):
+            if id(group.launch) not in idle:
+                yield group
+        elif isinstance(group, EagerStep):
+            yield group
+        elif kept := tuple(launch for launch in group if id(launch) not in idle):
+            yield kept
 
 
 def _fresh_values(plan: Plan) -> tuple[ValueSpec, ...]:

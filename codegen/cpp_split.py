@@ -3,7 +3,7 @@
 before:  prelude, kernel 1 ... kernel 12                       one compiler, 5.1 s (SmolLM2, f32) on one of two cores
 after:   prelude, kernels 1, 4, 5 ...  |  prelude, kernels 2, 3, 6 ...
 why:     nearly all of the time goes into templates of the prelude for one stored format or kind of attention, about
-         0.6 s each, as much as 20,000 characters of a kernel; the prelude itself takes 0.1 s
+         0.6 s each, as much as 12,000 to 20,000 characters of a kernel; the prelude itself takes 0.1 s
          So kernels that use the same templates go together: each unit compiles what it uses again.
 """
 
