@@ -226,11 +226,11 @@ _RULES: Final[Mapping[object, Callable[[_Walk, fx.Node], State]]] = {
 
 
 def check_padding(program: Program) -> Padding | Refusal:
-    """Whether padding may be cut off, of a canonicalised and recognised program; a refusal names the node."""
+    """Whether padding may be cut off, of a canonicalised and recognised program; a refusal names the node, if there is a mask."""
     places = list(program.placeholders)
     masks = [at for at, node in enumerate(places) if node.name == MASK and has_tensor(node)]
     if not masks:
-        return Refusal(f"no input is called {MASK}", places[0] if places else program.graph.output_node())
+        return Refusal(f"no input is called {MASK}")
     mask = places[masks[0]]
     shape = shape_of(mask)
     if len(shape) != 2 or not all(extent.is_Symbol for extent in shape) or shape[0] == shape[1]:

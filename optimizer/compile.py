@@ -238,7 +238,7 @@ def make_report(compiled: Compiled, name: str, target: Target) -> Report:
 
 def _padding_sentence(found: Padding | Refusal) -> str:
     """Why padding is computed, of a program that has a mask of it."""
-    if isinstance(found, Padding) or found.node is None or found.reason.startswith("no input"):
+    if isinstance(found, Padding) or found.node is None:
         return ""
     return f"{found.reason}: {found.node.name} {source_line(found.node)}".strip()
 
