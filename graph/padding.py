@@ -226,7 +226,10 @@ _RULES: Final[Mapping[object, Callable[[_Walk, fx.Node], State]]] = {
 
 
 def check_padding(program: Program) -> Padding | Refusal:
-    """Whether padding may be cut off, of a canonicalised and recognised program; a refusal names the node, if there is a mask."""
+    """Whether padding may be cut off, of a canonicalised and recognised program.
+
+    A refusal names the node; it has none where there is no mask.
+    """
     places = list(program.placeholders)
     masks = [at for at, node in enumerate(places) if node.name == MASK and has_tensor(node)]
     if not masks:
