@@ -13,10 +13,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from torchweld.codegen import toolchain
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-GOLDEN = Path(__file__).parent / "golden"
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"
+
+# Here kernels are compiled as users get them, with -O3. Elsewhere -O1 takes half of a compiler's time and gives the
+# same bits: the flags forbid every change of arithmetic (tests/pipeline/test_optimization_levels.py compares the two).
+AS_USERS = ("codegen", "pipeline", "benchmarks", "examples")
 
 # Compilers and first calls are slow once and fast after, which Hypothesis would call flaky: no deadlines.
 # derandomize is spelled out because Hypothesis turns it on by itself where it sees CI in the environment.
@@ -31,6 +38,18 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --update-golden."""
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden instead of comparing")
+    parser.addoption("--full-optimization", action="store_true", help="compile every kernel with -O3")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """Choose the compiler's optimization level by the test's folder, for its fixtures as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder not in AS_USERS and not item.config.getoption("--full-optimization"):
+            flags = tuple("-O1" if flag == "-O3" else flag for flag in toolchain.BASE_FLAGS)
+            patch.setattr(toolchain, "BASE_FLAGS", flags)
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

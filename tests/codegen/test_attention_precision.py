@@ -59,7 +59,7 @@ def reference(
     return result
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     kind=st.sampled_from(KINDS), shape=st.sampled_from(SHAPES), length=st.integers(1, 200), seed=st.integers(0, 9),
     case=st.sampled_from([(0.0, False), (5.0, False), (0.0, True)]),
