@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
-from torchweld.decoding.cache_slots import LEAST_SLOTS, SPARE_PARTS, SlotStore
+from torchweld.decoding.cache_lazy import LazyStore
+from torchweld.decoding.cache_slots import LEAST_SLOTS, SPARE_PARTS
 from torchweld.passes.rewrite_kv_cache import LayerState
 
 
-class RingStore(SlotStore):
+class RingStore(LazyStore):
     """The last `window + spare` positions of every sequence; fewer slots while the sequences are shorter."""
 
     def __init__(
@@ -39,13 +40,21 @@ class RingStore(SlotStore):
         return max(min(length + count, max(self.most, self.window + count - 1)) for length, count in pairs)
 
     def slots_with_spare(self, needed: int) -> int:
-        """As for all positions, up to the size of the ring; above it exactly what this step needs."""
+        """As for all positions, up to the size of the ring; above it exactly what this step needs. A large ring has its
+        size from the start, and its memory as it fills."""
         most = self.most if self.limit is None else min(self.most, self.limit)
+        if self.is_lazy(most):
+            return max(needed, most)
         return max(needed, min(most, max(LEAST_SLOTS, needed + needed // SPARE_PARTS)))
+
+    @property
+    def is_swollen(self) -> bool:
+        """Whether the ring grew for one step."""
+        return self.capacity > self.most
 
     def settle(self, lengths: Sequence[int]) -> None:
         """A ring that grew for one step forgets the oldest positions again."""
-        if self.capacity > self.most:
+        if self.is_swollen:
             self.resize(self.most, lengths)
 
     def refuse_truncate(self, sequence: int, length: int) -> str | None:

@@ -166,6 +166,16 @@ def test_a_large_cache_grows_in_place_and_takes_the_pages_that_it_fills() -> Non
     assert torch.equal(branch.tensors()[1][0, :, :1000], cache.tensors()[1][0, :, :1000])
 
 
+def test_a_large_ring_has_its_size_from_the_start_and_takes_the_pages_that_it_fills() -> None:
+    narrow = LayerState("attention", "sliding", 100, 1, 64, 64, torch.float32, "")
+    cache = Cache((narrow,), 2, spare=28)
+    for length in range(0, 300, 7):
+        feed(cache, [7, 7], 7, 1.0)
+        assert cache.tensors()[0].shape[2] == 128
+        assert cache.nbytes == 2 * 2 * 4096 * -(-min(length + 7, 128) // 16)
+    assert torch.equal(cache.fork().tensors()[1], cache.tensors()[1])
+
+
 def test_memory_never_passes_the_limit() -> None:
     cache = Cache(STATES, 1, max_length=70, spare=SPARE)
     feed(cache, [66], 66, 0.0)
