@@ -14,7 +14,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Final
+from operator import is_
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ from torchweld.codegen.ir import Kernel
 from torchweld.codegen.library_runs import LibraryLaunch, LibraryRuns
 from torchweld.codegen.packed_plan import PackedConstants
 from torchweld.codegen.plan import EagerStep, Launch, Plan, PlanError, SizeTable, Work, work
-from torchweld.codegen.plan_inputs import InputChecks, bind_sizes, shape_of
+from torchweld.codegen.plan_inputs import InputChecks, bind_sizes, input_slots, number_slots, shape_of
 from torchweld.codegen.plan_memory import MemoryPlan
+from torchweld.codegen.prepared_call import PreparedCall, prepare_outputs
 from torchweld.codegen.runtime.team import MOST_ARGUMENTS, LaunchRecord, Team, shared_team
 from torchweld.codegen.toolchain import ToolchainError, compile_shared, load
 
@@ -88,11 +90,11 @@ class Executable:
         self._constants = {
             name: tensor.detach().contiguous() for name, tensor in kept.items()
         } | self._packed.data
-        self._slots = _number_slots(plan)
+        self._slots = number_slots(plan)
         self.library = LibraryRuns(plan, precision)
         self._input_names = [spec.name for spec in plan.inputs]
         self._checks = InputChecks(plan)
-        self._input_slots = _input_slots(plan, self._slots)
+        self._input_slots = input_slots(plan, self._slots)
         self._has_eager_steps = any(isinstance(step, EagerStep) for step in plan.steps)
         self._torch_takes_part = self._has_eager_steps
         places = {name: number for number, name in enumerate(self._input_names)}
@@ -115,6 +117,7 @@ class Executable:
         self._bindings: OrderedDict[tuple[tuple[int, ...], ...], Binding] = OrderedDict()
         self._arena = self._scratch = torch.empty(0, dtype=torch.uint8)
         self._placed: Binding | None = None
+        self._pointed_at: PreparedCall | None = None
         self._calls = 0
         _executables.add(self)
 
@@ -197,8 +200,50 @@ class Executable:
                 [inputs[at] if at is not None else self._output(name, values) for name, at in self._outputs]
             )
 
+    def prepare(self, *inputs: Tensor) -> PreparedCall | None:
+        """The call with these inputs, whose shapes and memory will not change, to be made often; None where torch takes
+        part in it, or an input would be copied. Raises as a call does."""
+        with self._lock:
+            tensors, _ = self._checks(inputs)
+            self._checks.forget()
+            copied = not all(map(is_, tensors, inputs))
+            constant = any(at is None and name in self._constants for name, at in self._outputs)
+            if self._torch_takes_part or copied or constant:
+                return None
+            binding = self._binding(inputs)
+            results, fresh, places = prepare_outputs(
+                self._binder.fresh, binding.fresh_shapes, self._outputs, inputs, self._slots
+            )
+            for slots, tensor in zip(self._input_slots, inputs, strict=True):
+                places += [(slot, tensor.data_ptr()) for slot in slots]
+            return PreparedCall(self._run_prepared, inputs, tuple(places), binding, results, fresh)
+
+    def _run_prepared(self, call: PreparedCall) -> tuple[Tensor, ...]:
+        """The results of a prepared call."""
+        if self._torch_takes_part:  # since it was prepared
+            return self(*call.inputs)
+        with self._lock:
+            self._calls += 1
+            pointers = self._pointers
+            if self._pointed_at is not call or self._placed is not call.binding:
+                self._checks.forget()
+                for slot, address in call.places:
+                    pointers[slot] = address
+                self._place(call.binding)
+                self._pointed_at = call
+            self._renew_packed()
+            results: list[Any] = list(call.results)
+            for fresh in call.fresh:
+                tensor = torch.empty(fresh.shape, dtype=fresh.dtype)
+                pointers[fresh.slot] = tensor.data_ptr()
+                for number in fresh.numbers:
+                    results[number] = tensor
+            self._run(call.binding, {})
+            return tuple(results)
+
     def _point_at(self, tensors: Sequence[Tensor], updated: Sequence[int]) -> None:
         """Tell the launches where the inputs are; of those that are updated, these have moved."""
+        self._pointed_at = None
         for number in (*self._checks.read_only, *updated):
             for slot in self._input_slots[number]:
                 self._pointers[slot] = tensors[number].data_ptr()
@@ -371,22 +416,6 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def _number_slots(plan: Plan) -> dict[str, int]:
-    """A place in the pointer table for every value that a launch may touch."""
-    names = [spec.name for spec in plan.inputs] + list(plan.constants)
-    for step in plan.steps:
-        names += step.written() if isinstance(step, Launch) else step.results
-    return {name: number for number, name in enumerate(dict.fromkeys(names))}
-
-
-def _input_slots(plan: Plan, slots: Mapping[str, int]) -> tuple[tuple[int, ...], ...]:
-    """Of every input its places in the pointer table: its own, and that of what is written over it."""
-    written: dict[str, list[int]] = {}
-    for name, source in plan.in_place.items():
-        written.setdefault(source, []).append(slots[name])
-    return tuple((slots[spec.name], *written.get(spec.name, ())) for spec in plan.inputs)
 
 
 def _index_message(launch: Launch) -> str:

@@ -1,15 +1,15 @@
-"""The inputs of a call against the plan: number, dtype, device, rank, and the sizes that their shapes say."""
+"""The inputs of a call against the plan: number, dtype, device, rank, the sizes that their shapes say, their places."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter, call, is_
 
 import torch
 from torch import Tensor
 
-from torchweld.codegen.plan import Plan, PlanError, ValueSpec
+from torchweld.codegen.plan import Launch, Plan, PlanError, ValueSpec
 from torchweld.graph.index import evaluate
 
 # Called by map: a loop over the hundred tensors of a cache costs as much as a small kernel.
@@ -58,6 +58,10 @@ class InputChecks:
             for number in self.updated:
                 tensors[number] = tensors[number].detach()
         return tensors, moved
+
+    def forget(self) -> None:
+        """The launches were told of other inputs in between: look at each of the next call."""
+        self._known = []
 
     def _are_known(self, updated: Sequence[Tensor]) -> bool:
         if not self._known or not all(map(is_, map(call, self._known), updated)):
@@ -129,6 +133,22 @@ def bind_sizes(plan: Plan, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
                     f" the whole shape is {shape}, expected {_shape_text(spec)}"
                 )
     return sizes
+
+
+def number_slots(plan: Plan) -> dict[str, int]:
+    """A place in the pointer table for every value that a launch may touch."""
+    names = [spec.name for spec in plan.inputs] + list(plan.constants)
+    for step in plan.steps:
+        names += step.written() if isinstance(step, Launch) else step.results
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}
+
+
+def input_slots(plan: Plan, slots: Mapping[str, int]) -> tuple[tuple[int, ...], ...]:
+    """Of every input its places in the pointer table: its own, and that of what is written over it."""
+    written: dict[str, list[int]] = {}
+    for name, source in plan.in_place.items():
+        written.setdefault(source, []).append(slots[name])
+    return tuple((slots[spec.name], *written.get(spec.name, ())) for spec in plan.inputs)
 
 
 def _shape_text(spec: ValueSpec) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torchweld.decoding.cache_full import FullStore
 from torchweld.decoding.cache_ring import RingStore
-from torchweld.decoding.cache_slots import CacheError, SlotStore
+from torchweld.decoding.cache_slots import CacheError
 from torchweld.passes.rewrite_kv_cache import LayerState
 
 __all__ = ["Cache", "CacheError"]
@@ -61,6 +61,9 @@ class Cache:
         self.spare = spare
         self.tree: tuple[int, ...] | None = None
         """Parents of the newest rows, where they are a tree of which `keep` or `truncate` must choose."""
+        self.calls: dict[tuple[object, ...], object] = {}
+        """Whatever was prepared for the tensors where they are: it holds them, so it is dropped before they move."""
+        self._tensors: list[Tensor] = []
         self._lengths = (0,) * batch
         self._device = device or torch.device("cpu")
         self._stores = self._make_stores()
@@ -92,9 +95,10 @@ class Cache:
     def tensors(self, first: int = 0, last: int | None = None) -> list[Tensor]:
         """Key and value, or the one state, of every layer for sequences `first` to `last`: [B, heads, C, features],
         contiguous, no copy; valid until the next `reserve`."""
-        tensors = [self._stores[window].buffers[number] for window, number in self._places]
+        if not self._tensors:
+            self._tensors = [self._stores[window].buffers[number] for window, number in self._places]
         whole = first == 0 and last in (None, self.batch)
-        return tensors if whole else [tensor[first:last] for tensor in tensors]
+        return list(self._tensors) if whole else [tensor[first:last] for tensor in self._tensors]
 
     def check_room(self, counts: Sequence[int]) -> None:
         """CacheError where so many more positions per sequence do not fit below the limit, or a tree waits."""
@@ -115,7 +119,9 @@ class Cache:
     def reserve(self, rows: Sequence[int]) -> None:
         """Make room for so many more rows per sequence (positions and padding; `check_room` comes before)."""
         for store in self._stores.values():
-            store.reserve(self._lengths, rows)
+            if store.slots_for(self._lengths, rows) > store.capacity:
+                self._let_go()
+                store.reserve(self._lengths, rows)
 
     def will_write(self, rows: Sequence[int]) -> None:
         """So many rows per sequence are about to be written: what they overwrite counts as gone, also if the step
@@ -125,7 +131,7 @@ class Cache:
 
     def advance(self, counts: Sequence[int], tree: Sequence[int] | None = None) -> None:
         """So many of the rows that were written are positions now; `tree`: parents of the rows of the one sequence."""
-        self._lengths = tuple(length + count for length, count in zip(self._lengths, counts, strict=True))
+        self._lengths = tuple([length + count for length, count in zip(self._lengths, counts, strict=True)])
         self.tree = None if tree is None else tuple(tree)
 
     def settle(self) -> None:
@@ -133,7 +139,9 @@ class Cache:
         if self.tree is not None:
             return
         for store in self._stores.values():
-            store.settle(self._lengths)
+            if store.is_swollen:
+                self._let_go()
+                store.settle(self._lengths)
 
     def truncate(self, length: int | Sequence[int]) -> tuple[int, ...]:
         """Forget all positions from `length` on (one number, or one per sequence); returns how many went.
@@ -189,6 +197,11 @@ class Cache:
         copy._lengths, copy.tree = self._lengths, self.tree
         return copy
 
+    def _let_go(self) -> None:
+        """Tensors are about to move: do not hold what they leave."""
+        self.calls.clear()
+        self._tensors = []
+
     def _check_truncate(self, sequence: int, new: int, old: int) -> None:
         if not 0 <= new <= old:
             raise CacheError(
@@ -207,9 +220,9 @@ class Cache:
             if reason is not None:
                 raise CacheError(f"sequence {sequence}: cannot truncate {old} positions to {new}: {reason}")
 
-    def _make_stores(self) -> dict[int, SlotStore]:
+    def _make_stores(self) -> dict[int, FullStore | RingStore]:
         """One store per window; 0 keeps everything."""
-        stores: dict[int, SlotStore] = {}
+        stores: dict[int, FullStore | RingStore] = {}
         for window in dict.fromkeys(state.window for state in self.states):
             states = [state for state in self.states if state.window == window]
             stores[window] = (

@@ -24,6 +24,7 @@ from torchweld.decoding.cache import SPARE_ROWS, Cache, CacheError
 from torchweld.decoding.choices import Choices, choices_of
 from torchweld.decoding.encoder import Encoded, Encoder
 from torchweld.decoding.greedy import DecodingError
+from torchweld.decoding.step_inputs import PreparedStep, StepInputs
 from torchweld.decoding.step_model import LogitsFor
 from torchweld.decoding.step_request import StepRequest, check_prompts, read_request
 from torchweld.decoding.step_source import NotDecodable, StepSource, derive, normalised
@@ -36,6 +37,8 @@ CHUNK = 512
 """Rows of a sequence that run at once: more would cost memory (activations, larger rings) and gain no speed."""
 NO_ROWS = torch.zeros(0, dtype=torch.int64)
 NO_CHOICES = Choices(torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64))
+PREPARED_STEPS = 32
+"""Shapes of steps whose calls are kept ready."""
 GUESSES = 64
 """A step of so many rows may be one that verifies guesses: its larger ring stays until the next call, for truncate."""
 
@@ -265,26 +268,25 @@ class CachedModel:
         """One call of the compiled step for sequences `first` to `last`: logits [B, n, V], or choices [B, n]; the other
         is of no rows."""
         cache = self.cache
-        compiled = self.compiled(is_tree=request.parents is not None)
+        is_tree = request.parents is not None
+        compiled = self.compiled(is_tree=is_tree)
         here = range(cache.batch)[first:last]
-        lengths = cache.lengths[first:last]
+        rows, counts = [0] * cache.batch, [0] * cache.batch
+        for sequence, count in zip(here, request.counts, strict=True):
+            rows[sequence], counts[sequence] = request.rows, count
         cache.settle()
-        rows = [request.rows if sequence in here else 0 for sequence in range(cache.batch)]
         cache.reserve(rows)
         cache.will_write(rows)
         try:
-            tensors = cache.tensors(first, last)
-            encoded = self._encoded.part(first, last)
-            inputs = list(request.inputs(lengths, self.max_length))
-            if self._chooses[request.parents is not None]:
-                inputs[3:4] = [NO_ROWS, inputs[3]] if is_choice else [inputs[3], NO_ROWS]
-            results: list[Any] = list(compiled(*inputs, *encoded, *tensors))
-            logits, *written = results[: 1 + len(tensors)]
-            found = results[1 + len(tensors) :]
-            if not all(map(is_, tensors, written)):
-                _keep_written(tensors, written)
-            counts = dict(zip(here, request.counts, strict=True))
-            cache.advance([counts.get(sequence, 0) for sequence in range(cache.batch)], request.parents)
+            prepared = None
+            if request.rows <= GUESSES and not is_tree and len(here) == cache.batch:
+                prepared = self._prepared(compiled, request, is_choice)
+            logits, *found = (
+                self._call(compiled, request, is_choice, first, last)
+                if prepared is None
+                else prepared(request, cache.lengths, self.max_length)
+            )
+            cache.advance(counts, request.parents)
         except BaseException:
             cache.settle()
             raise
@@ -292,10 +294,42 @@ class CachedModel:
             cache.settle()
         assert isinstance(logits, Tensor)
         if is_choice:
-            shape = len(lengths), request.wanted.shape[1]
+            shape = len(here), request.wanted.shape[1]
             scores, best = found
+            assert isinstance(scores, Tensor) and isinstance(best, Tensor)
             return logits, Choices(scores.reshape(shape), best.reshape(shape))
-        return logits if len(lengths) == 1 else logits.reshape(len(lengths), -1, self.vocab_size), NO_CHOICES
+        return logits if len(here) == 1 else logits.reshape(len(here), -1, self.vocab_size), NO_CHOICES
+
+    def _prepared(self, compiled: Compiled, request: StepRequest, is_choice: bool) -> PreparedStep | None:
+        """The inputs and the call for requests of this shape with the cache where it is; None where the step does not
+        prepare calls."""
+        cache, chosen = self.cache, is_choice if self._chooses[False] else None
+        key = (id(compiled), request.rows, request.wanted.shape[1], chosen)
+        known: tuple[Compiled, PreparedStep | None] | None = cache.calls.get(key)  # type: ignore[assignment]
+        if known is None:
+            if len(cache.calls) >= PREPARED_STEPS:
+                cache.calls.clear()
+            inputs, tensors = StepInputs(cache.batch, *key[1:]), cache.tensors()
+            call = compiled.prepare(*inputs.tensors, *self._encoded.part(0, None), *tensors)
+            step = None if call is None else PreparedStep(inputs, call, len(tensors))
+            known = cache.calls[key] = compiled, step  # the first, so that its id stays its own
+        return known[1]
+
+    def _call(
+        self, compiled: Compiled, request: StepRequest, is_choice: bool, first: int, last: int | None
+    ) -> Sequence[object]:
+        """One call with new tensors for this request: logits, and what the step found beside them."""
+        cache = self.cache
+        tensors = cache.tensors(first, last)
+        encoded = self._encoded.part(first, last)
+        inputs = list(request.inputs(cache.lengths[first:last], self.max_length))
+        if self._chooses[request.parents is not None]:
+            inputs[3:4] = [NO_ROWS, inputs[3]] if is_choice else [inputs[3], NO_ROWS]
+        results: list[Any] = list(compiled(*inputs, *encoded, *tensors))
+        written = results[1 : 1 + len(tensors)]
+        if not all(map(is_, tensors, written)):
+            _keep_written(tensors, written)
+        return [results[0], *results[1 + len(tensors) :]]
 
 
 def _keep_written(tensors: Sequence[Tensor], written: Sequence[object]) -> None:

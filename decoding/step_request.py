@@ -27,7 +27,9 @@ class StepRequest:
     counts: tuple[int, ...]
     parents: tuple[int, ...] | None
     wanted: Tensor
-    """int64 [B, n]: numbers of rows."""
+    """int64 [B, n]: numbers of rows; nobody writes to it."""
+    tokens: list[list[int]]
+    """What is in `ids`."""
 
     @property
     def rows(self) -> int:
@@ -39,20 +41,30 @@ class StepRequest:
 
         lengths: positions cached of each sequence.  limit: positions that the model has; padding stays below it.
         """
-        batch, count = self.ids.shape
-        past = torch.tensor(lengths, dtype=torch.int64)
-        wanted = self.wanted if batch == 1 else self.wanted + torch.arange(batch)[:, None] * count
-        chosen = wanted.flatten()
+        past, chosen = torch.tensor(lengths, dtype=torch.int64), self.flat_rows()
         if self.parents is not None:
             path = ancestors(self.parents)
             depth = (path >= 0).sum(1) - 1
             return self.ids, past, (past[:, None] + depth), chosen, path[None]
-        # Plain numbers: after a pass over the weights torch's code is in no cache, and one operation costs 10 us.
-        positions = []
+        return self.ids, past, torch.tensor(self.positions(lengths, limit), dtype=torch.int64), chosen
+
+    def positions(self, lengths: Sequence[int], limit: int | None) -> list[list[int]]:
+        """[B, T]: the position of every row that is no path of a tree; padding has the last one."""
+        rows = []
         for length, real in zip(lengths, self.counts, strict=True):
-            last = max(length + real - 1, 0) if limit is None else min(max(length + real - 1, 0), limit - 1)
-            positions.append([min(position, last) for position in range(length, length + count)])
-        return self.ids, past, torch.tensor(positions, dtype=torch.int64), chosen
+            last = max(length + real - 1, 0)
+            if limit is not None and last >= limit:
+                last = limit - 1
+            row = list(range(length, min(length + self.rows, last + 1)))
+            rows.append(row + [last] * (self.rows - len(row)))
+        return rows
+
+    def flat_rows(self) -> Tensor:
+        """int64 [B n]: `wanted` among the rows of all sequences."""
+        batch, count = self.ids.shape
+        if batch == 1:
+            return self.wanted.flatten()
+        return (self.wanted + torch.arange(batch)[:, None] * count).flatten()
 
     def chunks(self, size: int) -> Iterator[StepRequest]:
         """The same rows in requests of at most `size` rows, each asking for all rows or its last."""
@@ -64,7 +76,8 @@ class StepRequest:
             # Every sequence gets equally many logits per call: the last row where one is enough, else all.
             few = int(inside.sum(1).max()) <= 1
             wanted = (self.wanted - start).where(inside, 0).amax(1, keepdim=True) if few else everything
-            yield replace(self, ids=ids.contiguous(), counts=counts, wanted=wanted)
+            tokens = [row[start : start + size] for row in self.tokens]
+            yield replace(self, ids=ids.contiguous(), counts=counts, wanted=wanted, tokens=tokens)
 
     def gather(self, parts: Sequence[Tensor], size: int) -> Tensor:
         """The logits [B, n, V] of `wanted` from those of the `chunks`."""
@@ -97,7 +110,7 @@ def read_request(
             f"the tokens are {ids.dtype} {tuple(ids.shape)}; expected int64 [B, T] with T >= 1"
         )
     batch, rows = ids.shape
-    real = (rows,) * batch if counts is None else tuple(map(int, counts))
+    real = (rows,) * batch if counts is None else tuple([int(count) for count in counts])
     if len(real) != batch or not all(0 <= count <= rows for count in real):
         raise DecodingError(
             f"counts {list(real)} for ids {tuple(ids.shape)}: expected {batch} numbers of 0 to {rows}"
@@ -106,8 +119,8 @@ def read_request(
     clean = ids.contiguous()
     if min(real) < rows:
         clean = ids.masked_fill(torch.arange(rows) >= torch.tensor(real)[:, None], 0)
-    check_tokens(clean, tokens)
-    return StepRequest(clean, real, tree, _wanted(logits_for, batch, rows, real))
+    given = check_tokens(clean, tokens)
+    return StepRequest(clean, real, tree, _wanted(logits_for, batch, rows, real), given)
 
 
 def check_prompts(prompts: Sequence[Sequence[int]] | Tensor, tokens: int) -> list[Tensor]:
@@ -126,11 +139,11 @@ def check_prompts(prompts: Sequence[Sequence[int]] | Tensor, tokens: int) -> lis
     return rows
 
 
-def check_tokens(ids: Tensor, tokens: int, first: int = 0) -> None:
-    """IndexError where a token of ids [B, T] is not 0 to `tokens` - 1."""
-    given = ids.tolist()
+def check_tokens(ids: Tensor, tokens: int, first: int = 0) -> list[list[int]]:
+    """The numbers of ids [B, T]. IndexError where one is not 0 to `tokens` - 1."""
+    given: list[list[int]] = ids.tolist()
     if min(map(min, given)) >= 0 and max(map(max, given)) < tokens:
-        return
+        return given
     sequence, row = ((ids < 0) | (ids >= tokens)).nonzero()[0].tolist()
     where = f"token {int(ids[sequence, row])} (row {row} of sequence {first + sequence})"
     raise IndexError(f"{where} is outside the model's table of {tokens} tokens; expected 0 to {tokens - 1}")

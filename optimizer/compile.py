@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -134,6 +134,20 @@ class Compiled:
         tensors = [flat_inputs[position] for position in self.built.tensor_inputs]
         values = self.executable(*tensors)  # type: ignore[arg-type]
         return tuple(constant if at is None else values[at] for at, constant in self.built.results)
+
+    def prepare(self, *flat_inputs: object) -> Callable[[], tuple[object, ...]] | None:
+        """The call with these inputs, of which only the values will change (codegen/prepared_call.py), for calling it
+        often; None where there is no gain."""
+        if self.executable is None or self.built is None or self.report.padding is not None:
+            return None
+        tensors = [flat_inputs[position] for position in self.built.tensor_inputs]
+        call = self.executable.prepare(*tensors)  # type: ignore[arg-type]
+        order = [at for at, _ in self.built.results if at is not None]
+        if call is None or len(order) < len(self.built.results):
+            return None
+        if order == list(range(len(call.results))):
+            return call
+        return lambda: tuple(map(call().__getitem__, order))
 
     def run(self, *args: object, **kwargs: object) -> object:
         """Run with the source model's signature."""

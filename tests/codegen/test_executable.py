@@ -20,6 +20,7 @@ from torchweld.codegen.executable import BuildError, Executable
 from torchweld.codegen.ir import Buffer, Kernel, RowPart, Store, size_symbol
 from torchweld.codegen.plan import EagerStep, Launch, Plan, PlanError, ValueSpec
 from torchweld.codegen.plan_inputs import ShapeError
+from torchweld.codegen.prepared_call import PreparedCall
 from torchweld.graph.terms import Axis, Const, Load, op
 
 F32 = torch.float32
@@ -84,6 +85,39 @@ def test_non_contiguous_expanded_and_aliased_inputs() -> None:
     assert torch.equal(executable(base[::2], base[:40])[0], base[::2] - base[:40])
     assert torch.equal(executable(torch.ones(1).expand(40), base[5:45])[0], 1 - base[5:45])
     assert torch.equal(executable(base[:40].requires_grad_(False), base[:40])[0], torch.zeros(40))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_prepared_call_sees_new_values_and_other_calls_in_between(threads: int) -> None:
+    executable = Executable(chain(10, ("v10", "v0", "v4", "v4")), threads=threads)
+    x, y, none = torch.randn(3, 8), torch.randn(70, 8), torch.empty(0, 8)
+    calls = [(tensor, prepared(executable, tensor)) for tensor in (x, y, none)]
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for turn in range(3):
+        for tensor, call in calls:
+            tensor.normal_()
+            last, given, middle, same = call()
+            assert given is tensor and same is middle
+            torch.testing.assert_close(last, expected(tensor, 10))
+            torch.testing.assert_close(middle, expected(tensor, 4))
+            before.append((last, last.clone()))
+            other = torch.randn(3 + turn, 8)
+            torch.testing.assert_close(executable(other)[0], expected(other, 10))
+    assert all(torch.equal(result, copy) for result, copy in before), "results are the caller's own"
+
+
+def prepared(executable: Executable, *inputs: torch.Tensor) -> PreparedCall:
+    call = executable.prepare(*inputs)
+    assert call is not None
+    return call
+
+
+def test_what_cannot_be_prepared() -> None:
+    executable = Executable(chain(2, ("v2",)), threads=1)
+    assert executable.prepare(torch.randn(8, 3).t()) is None, "a copy would not see new values"
+    assert executable.prepare(torch.randn(3, 8, requires_grad=True)) is None
+    with pytest.raises(ShapeError, match="expected 8"):
+        executable.prepare(torch.randn(3, 7))
 
 
 def test_wrong_inputs_are_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -271,6 +272,22 @@ def test_as_many_rows_as_are_exact_have_the_bits_of_one(precision: Precision, fo
     assert torch.equal(model.step(ids[:, 9:], logits_for="all"), single)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_caches_of_one_step_take_turns(kind: str, folder: Path) -> None:
+    found = subject(kind, folder)
+    models = [found.cached.with_cache(spare=4), found.cached.with_cache(max_length=32, up_front=True)]
+    texts = [draw_ids(2, LENGTH, seed) for seed in (11, 12)]
+    for model, ids in zip(models, texts, strict=True):
+        model.prefill(ids[:, :3])
+    for at in range(3, LENGTH - 1):
+        for model, ids in zip(models, texts, strict=True):
+            now = model.step(ids[:, at : at + 1])
+            torch.testing.assert_close(now, found.whole(ids[:, : at + 1])[:, -1:], **TOLERANCE)
+        if at % 5 == 0:
+            models[0].truncate(at)
+            models[0].step(texts[0][:, at : at + 1])
+
+
 def test_fork_continues_on_its_own(folder: Path) -> None:
     found = subject("llama", folder)
     ids = draw_ids(1, LENGTH, 7)
@@ -338,6 +355,9 @@ def test_an_interrupted_step_leaves_the_cache_as_it_was(
             if self.calls == 2:
                 raise KeyboardInterrupt
             return compiled(*inputs)
+
+        def prepare(self, *inputs: object) -> Callable[[], tuple[object, ...]]:
+            return lambda: self(*inputs)
 
     for attempt in (lambda: model.step(ids[:, 9:]), lambda: model.prefill(ids)):
         with monkeypatch.context() as patch:
