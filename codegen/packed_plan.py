@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -41,6 +40,7 @@ from torchweld.codegen.packing import (
 )
 from torchweld.codegen.plan import EagerStep, Launch, Plan
 from torchweld.codegen.release_pages import release_file_pages, release_free_memory
+from torchweld.codegen.version_counters import one_of_each_counter, version_of
 from torchweld.graph.formats import get_format
 from torchweld.graph.terms import Axis, Contract, Decode, Expr, Load, Op, Term, children, rebuild, walk
 
@@ -131,9 +131,6 @@ def walked_row(contract: Contract) -> Decode | Load | None:
     return term if whole else None
 
 
-_VERSION = attrgetter("_version")
-
-
 class PackedConstants:
     """The packed weights of one executable: `data` by name, uint8 as runtime/packed.h lays them out."""
 
@@ -147,7 +144,8 @@ class PackedConstants:
         self._packer = shared_packer(cache) if self._packings else None
         self.data: dict[str, Tensor] = {}
         # Tensors made in inference mode have no version.
-        self._watched = [p.tensor for p in self._packings.values() if not p.tensor.is_inference()]
+        watched = [p.tensor for p in self._packings.values() if not p.tensor.is_inference()]
+        self._watched = one_of_each_counter(watched)
         self._versions = 0
         self._pack()
 
@@ -164,7 +162,7 @@ class PackedConstants:
         return release_file_pages([packing.tensor for packing in self._packings.values()])
 
     def _current(self) -> int:
-        return sum(map(_VERSION, self._watched))  # versions only grow
+        return sum(map(version_of, self._watched))  # versions only grow
 
     def renewed(self) -> dict[str, Tensor]:
         """What had to be packed again, because somebody wrote to the weights."""

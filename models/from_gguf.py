@@ -88,7 +88,9 @@ def unpermute_rows(data: Tensor, heads: int) -> Tensor:
     """
     order = np.arange(data.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
     # numpy: 60 small copies, for which starting torch's threads costs more than the copying
-    return torch.from_numpy(data.numpy()[order])
+    moved = data.detach()  # it counts its changes with the file's other tensors
+    moved.data = torch.from_numpy(data.numpy()[order])
+    return moved
 
 
 def _names(parts: Mapping[str, str]) -> Callable[[str], str]:

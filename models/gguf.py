@@ -14,7 +14,7 @@ import stat
 from array import array
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -67,14 +67,25 @@ class GgufFile:
     tensors: Mapping[str, GgufTensor]
     _map: mmap.mmap
 
+    _counter: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """Its detached copies count changes with it."""
+
     def read(self, name: str) -> Tensor:
-        """A view of the file: F32 as float32 [*shape], all others as uint8 [*rows, row_bytes]."""
+        """A view of the file: F32 as float32 [*shape], all others as uint8 [*rows, row_bytes].
+
+        All tensors of a file count their changes together: whoever must know that none was written to looks at one
+        `_version`.
+        """
         tensor = self.tensors[name]
         stored = FORMATS[tensor.format]
         data = torch.frombuffer(self._map, dtype=torch.uint8, count=tensor.nbytes, offset=tensor.offset)
         if stored.name == "F32":
-            return data.view(torch.float32).reshape(tensor.shape)
-        return data.reshape(*tensor.shape[:-1], stored.row_bytes(tensor.shape[-1]))
+            data = data.view(torch.float32).reshape(tensor.shape)
+        else:
+            data = data.reshape(*tensor.shape[:-1], stored.row_bytes(tensor.shape[-1]))
+        counted = self._counter.detach()
+        counted.data = data
+        return counted
 
 
 def read_gguf(path: str | Path) -> GgufFile:

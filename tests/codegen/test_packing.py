@@ -158,9 +158,15 @@ def test_a_weight_is_packed_once_and_freed_with_its_last_user() -> None:
     assert third(torch.eye(64))[0].any()
 
 
-def test_a_write_to_the_weight_is_seen() -> None:
+@pytest.mark.parametrize("counted_together", [False, True])
+def test_a_write_to_the_weight_is_seen(counted_together: bool) -> None:
     data, _ = weight("Q8_0", 80, 64)
     other, values = weight("Q8_0", 80, 64, seed=1)
+    if counted_together:
+        tied = torch.zeros(1)
+        shared = tied.detach()
+        shared.data = data
+        data = shared.view(data.shape)
     executable = Executable(linear("Q8_0", data, 64), threads=1)
     x = torch.eye(64)
     before = executable(x)[0]

@@ -201,6 +201,9 @@ def test_the_good_file_of_these_tests_is_good(tmp_path: Path) -> None:
     assert list(file.metadata["a.flags"]) == [0, 1]  # type: ignore[arg-type]
     assert file.read("a").tolist() == [list(range(34)), list(range(34, 68))]
     assert torch.equal(file.read("b").view(torch.uint8), torch.arange(96, 112, dtype=torch.uint8))
+    one, other = (file.read(name) for name in list(file.tensors)[:2])
+    one.zero_()
+    assert one._version == other._version > 0, "tensors of a file count their changes together"
     read_gguf_again = replace(GOOD, version=2).build()
     path.with_name("v2.gguf").write_bytes(read_gguf_again)
     assert read_gguf(path.with_name("v2.gguf")).version == 2
