@@ -18,7 +18,15 @@ import sympy
 import torch
 
 from torchweld.codegen.cpp_best import BestPrinter
-from torchweld.codegen.cpp_matmul_rows import READY, Panel, PrintedPart, Product, numbered_names
+from torchweld.codegen.cpp_matmul_rows import (
+    READY,
+    Panel,
+    PrintedPart,
+    Product,
+    fill_panel,
+    numbered_names,
+    rounded_row,
+)
 from torchweld.codegen.cpp_names import HALVES, PrintError, converted, unwrapped, value_type
 from torchweld.codegen.cpp_operand import StoredRow, padded, runs_along, stored_row
 from torchweld.codegen.cpp_packed import (
@@ -26,15 +34,12 @@ from torchweld.codegen.cpp_packed import (
     Precision,
     allocate_copies,
     copies_replace_rows,
-    copy_lines,
     make_copies,
     narrow_rows,
     product_lines,
     product_text,
-    sums_wanted,
     weight_lines,
 )
-from torchweld.codegen.cpp_segments import piece_length
 from torchweld.codegen.cpp_terms import Emitter
 from torchweld.codegen.cpp_text import INDENT, KernelNames, indented
 from torchweld.codegen.ir import Kernel, MatmulPart
@@ -286,36 +291,13 @@ class _MatmulPrinter:
         for product in self.products:
             if product.panel.name not in done:
                 done.add(product.panel.name)
-                self._fill_panel(emitter, product.panel)
+                fill_panel(emitter, product.panel, self.real, self.is_narrow)
         body = emitter.pop()
         head = ["const int64_t m = first_row + r;", *emitter.unflatten("m", part.rows)]
         if self.is_narrow:
             head.append("const int64_t panel_row = narrow ? 0 : r;  // its copy in bfloat16 is what counts")
         loop = ["for (int64_t r = 0; first_row + r < block_end; ++r) {", *indented(head + body), "}"]
         return emitter.pop() + loop
-
-    def _fill_panel(self, emitter: Emitter, panel: Panel) -> None:
-        k = emitter.axis(panel.k)
-        at = "panel_row" if self.is_narrow else "r"
-        row = f"{panel.name}[{at} * {panel.stride} + {k}]"
-        emitter.push((panel.k.name,))
-        emitter.line(
-            f"{row} = {unwrapped(converted(emitter.value(panel.term), panel.term.dtype, self.real))};"
-        )
-        inner = emitter.pop()
-        piece = piece_length(walk(panel.term), panel.k)
-        for line in emitter.vector_loop(panel.k, inner, piece=piece):
-            emitter.line(line)
-        if panel.width != panel.k.extent:
-            extent = unwrapped(emitter.index(panel.k.extent))
-            emitter.line(f"for (int64_t {k} = {extent}; {k} < {panel.stride}; ++{k}) {row} = 0;")
-        if panel.sums is not None:
-            place = f"{panel.sums} + {at} * ({panel.stride} / 32)"
-            few = f"if ({sums_wanted(panel.copies)}) " if panel.copies is not None else ""
-            emitter.line(f"{few}tw_sum_runs({panel.name} + {at} * {panel.stride}, {panel.stride}, {place});")
-        if panel.copies is not None:
-            for line in copy_lines(panel.copies, f"{panel.name} + {at} * {panel.stride}", panel.stride):
-                emitter.line(line)
 
     def _scope(self, batch: Sequence[Axis]) -> Emitter:
         """A new emitter in the block where the batch axes are known."""
@@ -407,13 +389,15 @@ class _MatmulPrinter:
             if product.contract.dtype in HALVES:
                 text = f"tw_round_{HALVES[product.contract.dtype]}({text})"
             self._reload(emitter, product.bind.name, text, product.contract.dtype)
-        if self.search is None:
-            for store in part.stores:
-                emitter.store(store)
-        else:
-            self.search.keep(emitter)
+        rounded = self._store(emitter)
         columns = [f"const int64_t {n} = first_column + j;", *emitter.pop()]
-        inner = ["#pragma GCC ivdep", "for (int64_t j = 0; j < width; ++j) {", *indented(columns), "}"]
+        inner = [
+            "#pragma GCC ivdep",
+            "for (int64_t j = 0; j < width; ++j) {",
+            *indented(columns),
+            "}",
+            *rounded,
+        ]
         body = [
             "const int64_t m = first_row + r;",
             *emitter.unflatten("m", part.rows),
@@ -422,6 +406,24 @@ class _MatmulPrinter:
         ]
         first = "r = piece; r < piece_end" if self.is_narrow else "r = 0; first_row + r < block_end"
         return [*emitter.pop(), f"for (int64_t {first}; ++r) {{", *indented(body), "}"]
+
+    def _store(self, emitter: Emitter) -> list[str]:
+        """What is done to the products of a column; statements behind the loop over the columns."""
+        if self.search is not None:
+            self.search.keep(emitter)
+            return []
+        rounded: list[str] = []
+        for store in self.part.stores:
+            place = rounded_row(emitter, store, self.part.n) if self.is_narrow and not rounded else None
+            if place is None:
+                emitter.store(store)
+                continue
+            # The sums of the row, which are read already, hold its numbers until they are rounded together.
+            row = f"{self.products[0].name} + (r - piece) * {self.block_columns}"
+            value = unwrapped(converted(emitter.value(store.value), store.value.dtype, torch.float32))
+            emitter.line(f"({row})[j] = {value};")
+            rounded = [f"tw_store_bf16({row}, width, {place});"]
+        return rounded
 
     def _reload(self, emitter: Emitter, ref: str, text: str, dtype: torch.dtype) -> None:
         name = self.names.namer.fresh(ref)

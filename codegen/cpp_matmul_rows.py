@@ -3,6 +3,7 @@
 Parts that lie side by side often read the same rows: q, k and v of one norm. They have axes and names of their own, so
 what they do is compared as text, with numbers for those names. A part behind one that says the same finds its rows
 where it would write them (SmolLM2, q, k and v of 512 rows in bfloat16: 449 us with three norms, 322 with one).
+Rows that lie in memory as products read them are copied from there: no panel of floats stands between.
 """
 
 from __future__ import annotations
@@ -12,10 +13,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import sympy
+import torch
+
+from torchweld.codegen.cpp_names import converted, unwrapped
 from torchweld.codegen.cpp_operand import StoredRow
-from torchweld.codegen.cpp_packed import Copies
-from torchweld.codegen.ir import Bind
-from torchweld.graph.terms import Axis, Contract, Expr, Term
+from torchweld.codegen.cpp_packed import Copies, copy_lines, narrow_copy_lines, sums_wanted
+from torchweld.codegen.cpp_segments import piece_length
+from torchweld.codegen.cpp_terms import Emitter
+from torchweld.codegen.ir import Bind, Store
+from torchweld.graph.index import linearize
+from torchweld.graph.terms import Axis, Contract, Expr, Load, Term, walk
 
 READY: Final = "tw_ready"
 """The variable of a kernel that says which block of rows the scratch memory holds, or -1."""
@@ -68,3 +76,66 @@ def numbered_names(lines: Sequence[str], names: Collection[str]) -> str:
         return numbers.setdefault(name, f"${len(numbers)}") if name in names else name
 
     return re.sub(r"\b[A-Za-z_]\w*", numbered, "\n".join(lines))
+
+
+def fill_panel(emitter: Emitter, panel: Panel, real: torch.dtype, is_narrow: bool) -> None:
+    """Add what writes row `r` of a block to the panel, and its copies; is_narrow: `narrow` says which of them count."""
+    lying = _lying_row(emitter, panel)
+    if lying is None or panel.copies is None:
+        _write_panel(emitter, panel, real, is_narrow)
+        return
+    emitter.push()
+    _write_panel(emitter, panel, real, is_narrow)
+    written = emitter.pop()
+    emitter.nest("if (narrow)", narrow_copy_lines(panel.copies, lying, panel.stride))
+    emitter.nest("else", written)
+
+
+def _write_panel(emitter: Emitter, panel: Panel, real: torch.dtype, is_narrow: bool) -> None:
+    k = emitter.axis(panel.k)
+    at = "panel_row" if is_narrow else "r"
+    row = f"{panel.name}[{at} * {panel.stride} + {k}]"
+    emitter.push((panel.k.name,))
+    emitter.line(f"{row} = {unwrapped(converted(emitter.value(panel.term), panel.term.dtype, real))};")
+    inner = emitter.pop()
+    piece = piece_length(walk(panel.term), panel.k)
+    for line in emitter.vector_loop(panel.k, inner, piece=piece):
+        emitter.line(line)
+    if panel.width != panel.k.extent:
+        extent = unwrapped(emitter.index(panel.k.extent))
+        emitter.line(f"for (int64_t {k} = {extent}; {k} < {panel.stride}; ++{k}) {row} = 0;")
+    if panel.sums is not None:
+        place = f"{panel.sums} + {at} * ({panel.stride} / 32)"
+        few = f"if ({sums_wanted(panel.copies)}) " if panel.copies is not None else ""
+        emitter.line(f"{few}tw_sum_runs({panel.name} + {at} * {panel.stride}, {panel.stride}, {place});")
+    if panel.copies is not None:
+        for line in copy_lines(panel.copies, f"{panel.name} + {at} * {panel.stride}", panel.stride):
+            emitter.line(line)
+
+
+def _lying_row(emitter: Emitter, panel: Panel) -> str | None:
+    """Where a row lies in memory as its copies can be made of it, without a panel between; None if it does not."""
+    term, copies = panel.term, panel.copies
+    if not isinstance(term, Load) or copies is None or panel.width != panel.k.extent:
+        return None
+    buffer = emitter.kernel.buffer(term.buffer)
+    if buffer.dtype != torch.float32 and (buffer.dtype != torch.bfloat16 or copies.whole is not None):
+        return None
+    return _run_along(emitter, term.buffer, term.index, panel.k)
+
+
+def rounded_row(emitter: Emitter, store: Store, n: Axis) -> str | None:
+    """Where column `first_column` of a row goes that is stored in bfloat16, in one piece; None for any other store."""
+    if emitter.kernel.buffer(store.buffer).dtype != torch.bfloat16:
+        return None
+    start = _run_along(emitter, store.buffer, store.index, n)
+    return None if start is None else f"{start} + first_column"
+
+
+def _run_along(emitter: Emitter, name: str, index: Sequence[Expr], axis: Axis) -> str | None:
+    """The address of element 0 of a run of elements along `axis`; None if they do not lie one after the other."""
+    shape = emitter.kernel.buffer(name).shape
+    if axis.symbol in sympy.expand(linearize(index, shape) - axis.symbol).free_symbols:
+        return None
+    start = tuple(sympy.sympify(expr).subs(axis.symbol, 0) for expr in index)
+    return f"{emitter.names.buffers[name]} + {emitter.offset(start, shape)}"

@@ -15,7 +15,7 @@ _COMPARE: Final = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge
 _LOGIC: Final = {"and": "&", "or": "|", "xor": "^"}
 _CALLS: Final = frozenset({
     "exp", "exp2", "log", "log2", "log1p", "expm1", "sqrt", "tanh", "sigmoid", "erf", "sin", "cos", "floor", "ceil",
-    "trunc",
+    "trunc", "erf_short",
 })  # fmt: skip
 # These give one of their arguments, which 16 bits hold already: nothing to round.
 _EXACT: Final = frozenset({"where", "max", "min", "neg", "abs", "relu", "bitcast", "cast", "sign"})

@@ -103,6 +103,17 @@ def allocate_copies(
         allocate(copies.sums, "int32_t", 4, width / 16 * few)
 
 
+def narrow_copy_lines(copies: Copies, row: str, stride: str) -> list[str]:
+    """Statements that make what products read of a row at `row`, where they read copies only."""
+    lines = []
+    if copies.whole is not None:
+        place = f"{copies.whole}, {copies.whole_scales}, {copies.whole_zeros}"
+        lines.append(f"tw_quantize_whole({row}, {stride}, r, {place});")
+    if copies.half is not None:
+        lines.append(f"tw_round_row({row}, {stride}, r, {copies.half});")
+    return lines
+
+
 def copy_lines(copies: Copies, row: str, stride: str) -> list[str]:
     """Statements behind the filling of a row at `row`: its copies."""
     lines = []

@@ -27,6 +27,7 @@ from torchweld.codegen.cpp_names import PrintError
 from torchweld.codegen.cpp_packed import FEW_ROWS, Precision
 from torchweld.codegen.ir import Kernel
 from torchweld.codegen.library_runs import LibraryLaunch, LibraryRuns
+from torchweld.codegen.narrow_plan import narrowed
 from torchweld.codegen.packed_plan import PackedConstants
 from torchweld.codegen.plan import EagerStep, Launch, Plan, PlanError, SizeTable, Work, work
 from torchweld.codegen.plan_inputs import InputChecks, bind_sizes, input_slots, number_slots, shape_of
@@ -76,16 +77,16 @@ class Executable:
         packed_cache: bool = False,
     ) -> None:
         plan.check()
-        self.plan = plan
         self.precision: Precision = precision
         self._lock = threading.Lock()
-        self._launches = plan.launches()
         self._threads = torch.get_num_threads() if threads is None else threads
         self._cache = cache or Cache()
         try:
             self._packed = PackedConstants(plan, self._threads, self._cache, precision, keep=packed_cache)
         except ToolchainError as error:
             raise BuildError(f"the weights cannot be packed: {error}") from error
+        self.plan = plan = narrowed(plan, self._packed.formats, precision)
+        self._launches = plan.launches()
         kept = {name: tensor for name, tensor in plan.constants.items() if name not in self._packed.data}
         self._constants = {
             name: tensor.detach().contiguous() for name, tensor in kept.items()

@@ -145,7 +145,7 @@ def _linear(args: Sequence[Tensor | None], narrow: Tensor | None, out: Tensor | 
     x, weight, bias = (*args, None)[:3]
     assert x is not None and weight is not None
     if out is None:
-        out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        out = weight.new_empty((*x.shape[:-1], weight.shape[0]))  # x may be bfloat16 (narrow_plan.py)
     rows, flat = x.reshape(-1, x.shape[-1]), out.view(-1, weight.shape[0])
     if narrow is not None:
         flat.copy_(rows.to(torch.bfloat16) @ narrow.t())

@@ -96,7 +96,7 @@ def _uses(kernel: Kernel) -> dict[str, bool | None]:
         for bind in part.contracts:
             if isinstance(bind.term, Contract) and (row := walked_row(bind.term)) is not None:
                 products[id(row)] = (part.n, bind.term.k.extent)
-    for term in _terms(kernel):
+    for term in kernel_terms(kernel):
         if not isinstance(term, Decode | Load) or uses.get(term.buffer, False) is None:
             continue
         use = _use(kernel.buffer(term.buffer), term, products.get(id(term)))
@@ -148,6 +148,11 @@ class PackedConstants:
         self._watched = one_of_each_counter(watched)
         self._versions = 0
         self._pack()
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The format of every packed weight by its name."""
+        return {name: packing.format for name, packing in self._packings.items()}
 
     def _pack(self) -> None:
         if self._packer is not None:
@@ -238,7 +243,7 @@ def _packed_buffer(buffer: Buffer, format_: str | None) -> Buffer:
     return replace(buffer, dtype=torch.uint8, shape=(rows, width), format=LAYOUT + format_)
 
 
-def _terms(kernel: Kernel) -> Iterator[Term]:
+def kernel_terms(kernel: Kernel) -> Iterator[Term]:
     """Every node of a kernel, the indices that depend on data included; shared nodes may come several times."""
     for indirect in kernel.indirects:
         yield from walk(indirect.term)

@@ -38,6 +38,19 @@ static inline void tw_round_row(const float* a, int64_t count, int64_t r, uint16
         *(tw_u16x32_any*)(to + 16 * k) = tw_halves(tw_load(a + k), tw_load(a + k + 16));
 }
 
+// Numbers below 2^-126 become 0, as in every product in bfloat16.
+static inline void tw_store_bf16(const float* a, int64_t count, uint16_t* to) {
+    int64_t k = 0;
+    for (; k + 32 <= count; k += 32) *(tw_u16x32_any*)(to + k) = tw_halves(tw_load(a + k), tw_load(a + k + 16));
+    for (; k < count; ++k) to[k] = tw_to_bf16(a[k]);
+}
+
+// A row that was rounded when it was stored.
+static inline void tw_round_row(const uint16_t* a, int64_t count, int64_t r, uint16_t* to) {
+    to += r / 16 * 16 * count + r % 16 * 32;
+    for (int64_t k = 0; k < count; k += 32) *(tw_u16x32_any*)(to + 16 * k) = *(const tw_u16x32_any*)(a + k);
+}
+
 template <class F> static inline void tw_fill_bf16(const uint8_t* group, int64_t steps, uint8_t* to) {
     const uint8_t* const codes = group + tw_lines(F::scale_bytes(steps));
     constexpr int runs = 32 / F::run, quads = F::run / 4;
@@ -207,6 +220,10 @@ static void tw_bf16_matmul(const uint16_t* a, int64_t stride, int64_t rows, cons
 static constexpr bool tw_has_bf16 = false, tw_has_tiles = false;
 static constexpr int64_t tw_bf16_piece = 48;
 static inline void tw_round_row(const float*, int64_t, int64_t, uint16_t*) {}
+static inline void tw_round_row(const uint16_t*, int64_t, int64_t, uint16_t*) {}
+static inline void tw_store_bf16(const float* a, int64_t count, uint16_t* to) {
+    for (int64_t k = 0; k < count; ++k) to[k] = tw_to_bf16(a[k]);
+}
 static inline void tw_tiles_on() {}
 static inline void tw_tiles_off() {}
 template <class F> static inline const uint8_t* tw_bf16_weights(const uint8_t* base, int64_t, int64_t, uint8_t*) {

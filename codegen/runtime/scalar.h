@@ -199,6 +199,21 @@ static inline float tw_erf(float x) {
 }
 static inline double tw_erf(double x) { return erf(x); }
 
+// erf within 3e-5, exactly 1 from 3.03 on, in a third of the instructions: for values that are rounded to 8 bits next.
+static inline float tw_erf_short(float x) {
+    const float below = x > 3.029983997f ? 3.029983997f : x, t = below < -3.029983997f ? -3.029983997f : below, s = t * t;
+    float p = 3.819787864e-08f;
+    p = tw_fma(p, s, -1.853445042e-06f);
+    p = tw_fma(p, s, 3.971681508e-05f);
+    p = tw_fma(p, s, -5.006218562e-04f);
+    p = tw_fma(p, s, 4.189812578e-03f);
+    p = tw_fma(p, s, -2.499060147e-02f);
+    p = tw_fma(p, s, 1.109345183e-01f);
+    p = tw_fma(p, s, -3.752322197e-01f);
+    p = tw_fma(p, s, 1.128254890e+00f);
+    return p * t;  // a NaN stays one
+}
+
 static inline float tw_sqrt(float x) { return __builtin_sqrtf(x); }
 static inline double tw_sqrt(double x) { return __builtin_sqrt(x); }
 static inline float tw_abs(float x) { return __builtin_fabsf(x); }

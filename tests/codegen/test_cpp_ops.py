@@ -54,6 +54,16 @@ def test_float64_unary(name: str) -> None:
     torch.testing.assert_close(got, FLOAT_UNARY[name][0](x), rtol=1e-14, atol=1e-300, equal_nan=True)
 
 
+def test_short_erf() -> None:
+    """erf for values that are rounded to 8 bits next: within 3e-5, odd, and it ends at 1."""
+    x = torch.cat([specials(F32), torch.linspace(-4, 4, 20_001)])
+    got = run(pointwise(lambda t: Op(F32, "erf_short", (t[0],)), [F32], F32, len(x)), {"x0": x})["y"]
+    assert torch.equal(got.isnan(), x.isnan())
+    assert float((got.double() - torch.erf(x.double())).nan_to_num().abs().max()) < 3e-5
+    flat = x.abs() > 3.1
+    assert float((got[flat] - x[flat].sign()).abs().max()) < 2e-6
+
+
 BINARY_TORCH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "max": torch.maximum, "min": torch.minimum,
     "floordiv": torch.floor_divide, "mod": torch.remainder, "pow": torch.pow, "atan2": torch.atan2, "eq": torch.eq,
