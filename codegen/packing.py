@@ -18,12 +18,12 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchweld.codegen.cache import Cache
 from torchweld.codegen.packed_store import LEAST_BYTES, PackedStore
 from torchweld.codegen.release_pages import FilePages
 from torchweld.codegen.toolchain import compile_shared, load
+from torchweld.codegen.version_counters import one_of_each_counter
 from torchweld.graph.formats import get_format
 
 STORED: Final = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "I8")
@@ -75,11 +75,27 @@ class Packing:
         return columns_of(self.format, self.row_bytes) if stored else self.tensor.shape[1]
 
 
+Place = tuple[object, ...]
+
+
 @dataclass(frozen=True)
 class _Packed:
+    """A weight that was packed: as what, from which tensor, and how often that had been written to."""
+
     data: weakref.ref[Tensor]
-    format: str
+    source: weakref.ref[Tensor]
     version: int
+
+    def serves(self, tensor: Tensor) -> Tensor | None:
+        """The packed form, if somebody still holds it and nobody wrote to the weight since; `tensor` is the source, or
+        another tensor of the same memory, as every capture makes them."""
+        source = self.source()
+        if source is None or version(source) != self.version:
+            return None
+        if tensor is not source and version(tensor) != 0:
+            if source.is_inference() or len(one_of_each_counter((tensor, source))) > 1:
+                return None  # it counts writes that the source did not see
+        return self.data()
 
 
 class Packer:
@@ -98,7 +114,7 @@ class Packer:
             ctypes.c_int32, address, number, number, number, address, number, number,
         )  # fmt: skip
         self._library, self._source = library, source
-        self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._known: dict[Place, _Packed] = {}
         self._lock = threading.Lock()
 
     def nbytes(self, packing: Packing) -> int:
@@ -113,13 +129,21 @@ class Packer:
         """
         # Whoever notes which weights decided something (graph/value_reads.py) need not see that they are packed.
         with self._lock, torch._C.DisableTorchFunction():
-            found = {id(weight.tensor): self._find(weight) for weight in weights}
-            new = list({id(w.tensor): w for w in weights if found[id(w.tensor)] is None}.values())
-            for weight, data in self._packed(new, threads, keep) if new else ():
-                self._known[weight.tensor] = _Packed(weakref.ref(data), weight.format, version(weight.tensor))
-                found[id(weight.tensor)] = data
-        packed = tuple(found[id(weight.tensor)] for weight in weights)
-        return tuple(data for data in packed if data is not None)
+            self._known = {place: known for place, known in self._known.items() if known.data() is not None}
+            places = [_place(weight) for weight in weights]
+            found: dict[Place, Tensor] = {}
+            for place, weight in zip(places, weights, strict=True):
+                known = self._known.get(place)
+                if known is not None and (data := known.serves(weight.tensor)) is not None:
+                    found[place] = data
+            new = {p: w for p, w in zip(places, weights, strict=True) if p not in found}
+            for place, (weight, data) in zip(
+                new, self._packed(list(new.values()), threads, keep), strict=True
+            ):
+                source = weakref.ref(weight.tensor)
+                self._known[place] = _Packed(weakref.ref(data), source, version(weight.tensor))
+                found[place] = data
+        return tuple(found[place] for place in places)
 
     def _packed(
         self, weights: Sequence[Packing], threads: int, keep: Cache | None
@@ -137,13 +161,6 @@ class Packer:
             elif tensor.is_contiguous():
                 pages.release(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
             yield weight, room
-
-    def _find(self, weight: Packing) -> Tensor | None:
-        """What the weight was packed to, if somebody still holds it and nobody wrote to the weight since."""
-        packed: _Packed | None = self._known.get(weight.tensor)  # type: ignore[no-untyped-call]
-        if packed is None or (packed.format, packed.version) != (weight.format, version(weight.tensor)):
-            return None
-        return packed.data()
 
     def _room(self, weights: Sequence[Packing]) -> list[Tensor]:
         """Zeroed memory for all weights in one piece, in order, each on a line."""
@@ -196,6 +213,13 @@ def huge_pages(nbytes: int) -> Tensor:
         pages.madvise(mmap.MADV_HUGEPAGE)
     room = torch.frombuffer(pages, dtype=torch.uint8)
     return room[-room.data_ptr() % _HUGE_PAGE :][:nbytes]
+
+
+def _place(weight: Packing) -> Place:
+    """What tells a weight from others: its memory, which lives as long as an executable holds what was packed."""
+    tensor = weight.tensor
+    memory = tensor.untyped_storage()._cdata, tensor.data_ptr()
+    return (*memory, tensor.shape, tensor.stride(), tensor.dtype, weight.format)
 
 
 def version(tensor: Tensor) -> int:

@@ -158,6 +158,19 @@ def test_a_weight_is_packed_once_and_freed_with_its_last_user() -> None:
     assert third(torch.eye(64))[0].any()
 
 
+def test_other_tensors_of_its_memory_share_a_packed_weight_while_nobody_writes() -> None:
+    data, _ = weight("Q8_0", 80, 64)
+    other, values = weight("Q8_0", 80, 64, seed=1)
+    independent = data.data
+    first = Executable(linear("Q8_0", data, 64), threads=1)
+    for tensor, shared in ((data.detach(), True), (independent, True), (data[:64], False)):
+        executable = Executable(linear("Q8_0", tensor, 64), threads=1)
+        assert (executable._packed.data["w"] is first._packed.data["w"]) == shared
+    independent.copy_(other)  # first does not see it: the tensor that it read counts other writes
+    again = Executable(linear("Q8_0", independent, 64), threads=1)
+    assert torch.equal(again(torch.eye(64))[0].T, values)
+
+
 @pytest.mark.parametrize("counted_together", [False, True])
 def test_a_write_to_the_weight_is_seen(counted_together: bool) -> None:
     data, _ = weight("Q8_0", 80, 64)
