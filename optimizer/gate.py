@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from torchweld.graph.program import Program
+from torchweld.graph.stand_ins import DecodedInPieces
 from torchweld.optimizer.compile import Compiled
 from torchweld.optimizer.ledger import Fallback, PassRecord
 
@@ -48,7 +49,7 @@ def keep_if_faster(compiled: Compiled, program: Program, flat_inputs: Sequence[o
     """
     if compiled.executable is None:
         return None
-    verdict = measure(lambda: compiled(*flat_inputs), lambda: program.graph_module(*flat_inputs))
+    verdict = measure(lambda: compiled(*flat_inputs), lambda: _run_eagerly(program, flat_inputs))
     saving = (verdict.eager_ms - verdict.compiled_ms) * 1e3
     record = PassRecord(NAME, "exact", 1, (), 1, verdict.keep, measured_saving_us=saving)
     report = replace(compiled.report, passes=(*compiled.report.passes, record))
@@ -60,6 +61,12 @@ def keep_if_faster(compiled: Compiled, program: Program, flat_inputs: Sequence[o
         compiled.executable.release_stored()  # the captured graph has read them once more
     compiled.report = report
     return verdict
+
+
+def _run_eagerly(program: Program, flat_inputs: Sequence[object]) -> object:
+    """The captured graph, which would else hold a whole output head in float32."""
+    with DecodedInPieces():
+        return program.graph_module(*flat_inputs)
 
 
 def measure(compiled: Callable[[], object], eager: Callable[[], object], rounds: int = ROUNDS) -> Verdict:
