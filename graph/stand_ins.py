@@ -107,10 +107,15 @@ class DecodedInPieces(StandIns[tuple[Tensor, str, int]]):
     """While active, `linear` with a large stored weight decodes and multiplies some of its rows at a time.
 
     It computes what the graph says, in less memory; sums may be rounded in another order.
+    done_with: told of stored rows behind each product with them.
     """
 
     PIECE: Final = 4 << 20
     """Values of a weight that are decoded at a time, and above which it is large."""
+
+    def __init__(self, done_with: Callable[[Tensor], object] = lambda rows: None) -> None:
+        super().__init__()
+        self._done_with = done_with
 
     def is_large(self, rows: int, columns: int) -> bool:
         """A weight of more than one piece."""
@@ -126,8 +131,9 @@ class DecodedInPieces(StandIns[tuple[Tensor, str, int]]):
         result = x.new_empty((*x.shape[:-1], rows))
         step = max(1, self.PIECE // columns)
         for first in range(0, rows, step):
-            weight = dequantize(data[first : first + step], format_, columns)
-            result[..., first : first + step] = F.linear(x, weight)
+            stored = data[first : first + step]
+            result[..., first : first + step] = F.linear(x, dequantize(stored, format_, columns))
+            self._done_with(stored)
         return result
 
     def whole(self, held: tuple[Tensor, str, int], rows: int) -> Tensor:

@@ -13,9 +13,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
+from torchweld.codegen.release_pages import FilePages, release_free_memory
 from torchweld.graph.program import Program
 from torchweld.graph.stand_ins import DecodedInPieces
 from torchweld.optimizer.compile import Compiled
@@ -49,7 +52,9 @@ def keep_if_faster(compiled: Compiled, program: Program, flat_inputs: Sequence[o
     """
     if compiled.executable is None:
         return None
-    verdict = measure(lambda: compiled(*flat_inputs), lambda: _run_eagerly(program, flat_inputs))
+    pages = FilePages()
+    eager = partial(_run_eagerly, program, flat_inputs, pages)
+    verdict = measure(lambda: compiled(*flat_inputs), eager)
     saving = (verdict.eager_ms - verdict.compiled_ms) * 1e3
     record = PassRecord(NAME, "exact", 1, (), 1, verdict.keep, measured_saving_us=saving)
     report = replace(compiled.report, passes=(*compiled.report.passes, record))
@@ -59,13 +64,18 @@ def keep_if_faster(compiled: Compiled, program: Program, flat_inputs: Sequence[o
         report = replace(report, fallbacks=(Fallback("the whole program", reason),))
     else:
         compiled.executable.release_stored()  # the captured graph has read them once more
+        release_free_memory()
     compiled.report = report
     return verdict
 
 
-def _run_eagerly(program: Program, flat_inputs: Sequence[object]) -> object:
-    """The captured graph, which would else hold a whole output head in float32."""
-    with DecodedInPieces():
+def _run_eagerly(program: Program, flat_inputs: Sequence[object], pages: FilePages) -> object:
+    """The captured graph, without a whole output head in float32 and the model's file beside its packed weights."""
+
+    def release(rows: Tensor) -> None:
+        pages.release(rows.data_ptr(), rows.data_ptr() + rows.nbytes)
+
+    with DecodedInPieces(release):
         return program.graph_module(*flat_inputs)
 
 

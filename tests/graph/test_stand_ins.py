@@ -33,7 +33,9 @@ def test_every_way_to_read_sees_the_weight(read: str, batch: int, length: int) -
 @pytest.mark.parametrize(("rows", "pieces"), [(48, [48]), (49, [48, 1]), (200, [48, 48, 48, 48, 8])])
 def test_a_linear_decodes_a_piece_at_a_time(rows: int, pieces: list[int], decoded_rows: list[int]) -> None:
     data = stored(rows)
-    with Small() as mode:
+    done: list[int] = []
+    with Small(lambda part: done.append(part.shape[0])) as mode:
         F.linear(torch.randn(3, COLUMNS), dequantize(data, "Q8_0", COLUMNS))
     assert decoded_rows == pieces
+    assert done == (pieces if rows > 48 else [])
     assert mode.used == (rows > 48)
