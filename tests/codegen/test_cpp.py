@@ -114,6 +114,21 @@ def _fold_kernel(kind: str, dtype: torch.dtype, result: torch.dtype, width: int)
     )
 
 
+@pytest.mark.parametrize("width", [33, 64, 131])
+def test_a_sum_of_floats_has_64_lanes_and_one_tree(width: int) -> None:
+    x = torch.randn(3, 2, width, generator=torch.Generator().manual_seed(width)) * 1e3
+    x[0] = -0.0
+    lanes = torch.zeros(3, 64)
+    for a in range(2):
+        for first in range(0, width, 64):
+            chunk = x[:, a, first : first + 64]
+            lanes[:, : chunk.shape[1]] += chunk
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    assert same_bits(run(_fold_kernel("sum", F32, F32, width), {"x": x})["y"], lanes[:, 0].contiguous())
+
+
 @pytest.mark.parametrize("width", [1, 7, 64, 131])
 def test_folds_over_two_axes(width: int) -> None:
     x = torch.randn(3, 2, width)
