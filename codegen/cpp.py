@@ -20,13 +20,13 @@ from torchweld.codegen.cpp_attention_room import SharedRoom
 from torchweld.codegen.cpp_best import ListRoom
 from torchweld.codegen.cpp_fingerprint import fingerprint, merge_equal_terms
 from torchweld.codegen.cpp_matmul import print_matmul_part
-from torchweld.codegen.cpp_matmul_rows import READY, PrintedPart
+from torchweld.codegen.cpp_matmul_rows import READY, PrintedPart, kept_rows
 from torchweld.codegen.cpp_names import PrintError
 from torchweld.codegen.cpp_packed import Precision
 from torchweld.codegen.cpp_row import print_row_part
 from torchweld.codegen.cpp_split import split_functions
 from torchweld.codegen.cpp_text import KernelNames, buffer_lines, indented
-from torchweld.codegen.ir import AttentionPart, Kernel, MatmulPart, Part
+from torchweld.codegen.ir import AttentionPart, Kernel, MatmulPart, Part, RowPart
 from torchweld.graph.terms import Expr
 
 FLAGS: Final = (
@@ -94,11 +94,19 @@ def print_kernel(kernel: Kernel, taken: Collection[str] = (), precision: Precisi
     rows = ""
     scratch: list[Expr] = []
     shared: list[SharedRoom | ListRoom] = []
-    for part in kernel.parts:
+    stored: RowPart | None = None
+    for number, part in enumerate(kernel.parts):
+        if _is_stored_by_next(kernel, number):
+            assert isinstance(part, RowPart)
+            stored, rows = part, ""
+            title = " ".join(_stores(part).split())
+            body += ["", f"// RowPart: {title}: stored by the part behind it"]
+            continue
         try:
-            printed = _print_part(kernel, names, part, shared, precision)
+            printed = _print_part(kernel, names, part, shared, precision, stored)
         except PrintError as error:
             raise PrintError(f"kernel {kernel.name}: {error}") from error
+        stored = None
         scratch.append(sympy.sympify(printed.scratch))
         title = " ".join(f"{type(part).__name__}: {_stores(part)}".split())
         lines = [f"{READY} = -1;"] if printed.rows and printed.rows != rows else []
@@ -133,18 +141,27 @@ def prelude() -> str:
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
+def _is_stored_by_next(kernel: Kernel, number: int) -> bool:
+    """Whether the rows that a part stores are those of the product behind it, which then stores them."""
+    part, *behind = kernel.parts[number:]
+    if not isinstance(part, RowPart) or not behind or not isinstance(behind[0], MatmulPart):
+        return False
+    return kept_rows(kernel, part, behind[0]) is not None
+
+
 def _print_part(
     kernel: Kernel,
     names: KernelNames,
     part: Part,
     shared: list[SharedRoom | ListRoom],
     precision: Precision,
+    stored: RowPart | None,
 ) -> PrintedPart:
     place = len(kernel.buffers) + len(shared)
     if isinstance(part, MatmulPart):
         if part.choices:
             shared.append(ListRoom.of(part))
-        return print_matmul_part(kernel, names, part, precision, place)
+        return print_matmul_part(kernel, names, part, precision, place, stored)
     if isinstance(part, AttentionPart):
         lines, scratch, room = print_attention_part(kernel, names, part, place, precision)
         shared.append(room)

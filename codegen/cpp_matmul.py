@@ -24,6 +24,8 @@ from torchweld.codegen.cpp_matmul_rows import (
     PrintedPart,
     Product,
     fill_panel,
+    keep_row,
+    kept_rows,
     numbered_names,
     rounded_row,
 )
@@ -42,7 +44,7 @@ from torchweld.codegen.cpp_packed import (
 )
 from torchweld.codegen.cpp_terms import Emitter
 from torchweld.codegen.cpp_text import INDENT, KernelNames, indented
-from torchweld.codegen.ir import Kernel, MatmulPart
+from torchweld.codegen.ir import Kernel, MatmulPart, RowPart
 from torchweld.codegen.packing import GROUP
 from torchweld.graph.terms import Axis, Contract, Expr, Ref, walk
 
@@ -53,16 +55,23 @@ _MANY_COLUMNS = 4096  # from here on the threads have enough units of 64 columns
 
 
 def print_matmul_part(
-    kernel: Kernel, names: KernelNames, part: MatmulPart, precision: Precision = "f32", place: int = 0
-) -> PrintedPart:
-    """The part as C++, in a place where READY is declared; `place`: of a search's lists among the buffers."""
-    return _MatmulPrinter(kernel, names, part, precision, place).print()
+    kernel: Kernel, names: KernelNames, part: MatmulPart, precision: Precision = "f32", place: int = 0,
+    stored: RowPart | None = None,
+) -> PrintedPart:  # fmt: skip
+    """The part as C++, in a place where READY is declared; `place`: of a search's lists among the buffers.
+
+    stored: a part whose rows this one computes too (`kept_rows`), and stores for it.
+    """
+    return _MatmulPrinter(kernel, names, part, precision, place, stored).print()
 
 
 class _MatmulPrinter:
     def __init__(
-        self, kernel: Kernel, names: KernelNames, part: MatmulPart, precision: Precision, place: int
-    ) -> None:
+        self, kernel: Kernel, names: KernelNames, part: MatmulPart, precision: Precision, place: int,
+        stored: RowPart | None,
+    ) -> None:  # fmt: skip
+        self.stored, self.kept = stored, None if stored is None else kept_rows(kernel, stored, part)
+        self.kept_line = ""
         self.kernel, self.names, self.part, self.precision = kernel, names, part, precision
         self.search = BestPrinter(part, place) if part.choices else None
         self.others = names.namer.taken
@@ -141,7 +150,8 @@ class _MatmulPrinter:
         self._sizes()
         self._room_of_rows()
         prologue, batch = self._prologue(), self.emitter.unflatten("block / row_blocks", self.part.batch)
-        rows = numbered_names([*self.lines, *batch, *prologue], self.names.namer.taken - self.others)
+        written = [line for line in prologue if line.strip() != self.kept_line]  # parts behind keep nothing
+        rows = numbered_names([*self.lines, *batch, *written], self.names.namer.taken - self.others)
         self._columns()
         self._room_of_sums()
         body = self._unit(prologue)
@@ -292,6 +302,11 @@ class _MatmulPrinter:
             if product.panel.name not in done:
                 done.add(product.panel.name)
                 fill_panel(emitter, product.panel, self.real, self.is_narrow)
+                if self.stored is not None and self.kept is not None and self.kept.a is product.panel.term:
+                    axes = (*part.batch, *part.rows)
+                    self.kept_line = keep_row(
+                        emitter, product.panel, axes, self.stored.stores[0], self.is_narrow
+                    )
         body = emitter.pop()
         head = ["const int64_t m = first_row + r;", *emitter.unflatten("m", part.rows)]
         if self.is_narrow:

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import sympy
 import torch
 
+from torchweld.codegen.cpp_fingerprint import fingerprint
 from torchweld.codegen.cpp_names import converted, unwrapped
 from torchweld.codegen.cpp_operand import StoredRow
 from torchweld.codegen.cpp_packed import Copies, copy_lines, narrow_copy_lines, sums_wanted
 from torchweld.codegen.cpp_segments import piece_length
 from torchweld.codegen.cpp_terms import Emitter
-from torchweld.codegen.ir import Bind, Store
+from torchweld.codegen.ir import Bind, Kernel, MatmulPart, RowPart, Store
 from torchweld.graph.index import linearize
-from torchweld.graph.terms import Axis, Contract, Expr, Load, Term, walk
+from torchweld.graph.terms import Axis, Contract, Expr, Load, Ref, Term, bound_axes, walk
 
 READY: Final = "tw_ready"
 """The variable of a kernel that says which block of rows the scratch memory holds, or -1."""
@@ -130,6 +131,72 @@ def rounded_row(emitter: Emitter, store: Store, n: Axis) -> str | None:
         return None
     start = _run_along(emitter, store.buffer, store.index, n)
     return None if start is None else f"{start} + first_column"
+
+
+def kept_rows(kernel: Kernel, rows: RowPart, part: MatmulPart) -> Contract | None:
+    """The contract of `part` whose rows are what `rows` stores, so that they need not be computed twice; or None.
+
+    A norm is often stored beside the product that reads it, for a sum behind that: whoever has the first columns of
+    a block of rows then stores what it wrote for the product.
+    """
+    if part.choices or len(rows.stores) != 1 or len(rows.inner) != 1 or not part.n.extent.is_Integer:
+        return None
+    store, inner, axes = rows.stores[0], rows.inner[0], (*part.batch, *part.rows)
+    buffer = kernel.buffer(store.buffer)
+    row = (*(axis.symbol for axis in rows.grid), inner.symbol)
+    if (
+        {buffer.dtype, store.value.dtype} != {torch.float32}
+        or store.index != row
+        or not inner.extent.is_Integer
+    ):
+        return None
+    wanted = _as_text(kernel, rows.grid, inner, rows.binds, store.value)
+    for bind in part.contracts:
+        contract = bind.term
+        if (
+            isinstance(contract, Contract)
+            and contract.dtype == torch.float32
+            and contract.a.dtype == torch.float32
+        ):
+            binds = _read_binds(part.row_binds, contract.a)
+            if not isinstance(contract.a, Load) and wanted == _as_text(
+                kernel, axes, contract.k, binds, contract.a
+            ):
+                return contract
+    return None
+
+
+def keep_row(emitter: Emitter, panel: Panel, axes: Sequence[Axis], store: Store, is_narrow: bool) -> str:
+    """Add, and give, the statement that stores the row in the panel: by the thread that has its first columns."""
+    index = (*(axis.symbol for axis in axes), sympy.Integer(0))
+    place = emitter.offset(index, emitter.kernel.buffer(store.buffer).shape)
+    row = f"{panel.name} + {'panel_row' if is_narrow else 'r'} * {panel.stride}"
+    count = f"4 * {unwrapped(emitter.index(panel.k.extent))}"
+    name = emitter.names.buffers[store.buffer]
+    line = f"if (first_column == 0) __builtin_memcpy({name} + {place}, {row}, {count});"
+    emitter.line(line)
+    return line
+
+
+def _read_binds(binds: Sequence[Bind], term: Term) -> tuple[Bind, ...]:
+    """Those that the term reads, and that these read."""
+    roots, read = [term], []
+    for bind in reversed(binds):
+        if any(isinstance(node, Ref) and node.name == bind.name for root in roots for node in walk(root)):
+            roots.append(bind.term)
+            read.append(bind)
+    return tuple(reversed(read))
+
+
+def _as_text(
+    kernel: Kernel, grid: tuple[Axis, ...], inner: Axis, binds: tuple[Bind, ...], value: Term
+) -> str:
+    """What is computed for every point of `grid` and `inner`, with numbers for the names of axes and binds."""
+    part = RowPart(grid, (inner,), binds, (Store(kernel.buffers[0].name, (), value),))
+    roots = (*(bind.term for bind in binds), value)
+    folds = {axis.name for root in roots for term in walk(root) for axis in bound_axes(term)}
+    names = folds | {axis.name for axis in (*grid, inner)} | {bind.name for bind in binds}
+    return numbered_names([fingerprint(replace(kernel, parts=(part,)), {})], names)
 
 
 def _run_along(emitter: Emitter, name: str, index: Sequence[Expr], axis: Axis) -> str | None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sympy import Integer
 
-from tests.codegen.cpp_cases import plan_of
+from tests.codegen.cpp_cases import plan_of, same_bits
 from tests.codegen.test_packing import weight, with_constant
 from torchweld.codegen.cpp import print_kernel
 from torchweld.codegen.cpp_matmul_rows import READY, numbered_names
 from torchweld.codegen.cpp_packed import Precision
 from torchweld.codegen.executable import Executable
-from torchweld.codegen.ir import Bind, Buffer, Kernel, MatmulPart, Store, size_symbol
+from torchweld.codegen.ir import Bind, Buffer, Kernel, MatmulPart, RowPart, Store, size_symbol
 from torchweld.graph.terms import Axis, Const, Contract, Fold, Load, Monoid, Ref, op
 
 F32 = torch.float32
@@ -41,6 +43,36 @@ def side_by_side(eps: tuple[float, ...]) -> Kernel:
         Buffer("w", F32, (Integer(FEATURES), Integer(WIDTH)), "weight"),
     )
     return Kernel("side_by_side", (*given_, *outs), ("M",), tuple(parts))
+
+
+def behind_its_rows(eps: float, others: tuple[float, ...]) -> Kernel:
+    """The kernel of `side_by_side(others)`, and norm(x, eps) as one more result, stored by a part in front."""
+    kernel = side_by_side(others)
+    r, i, f = Axis("r", size_symbol("M")), Axis("i", Integer(WIDTH)), Axis("f", Integer(WIDTH))
+    xf = Load(F32, "x", (r.symbol, f.symbol))
+    square = op("div", Fold(F32, Monoid("sum"), (f,), op("mul", xf, xf)), Const(F32, float(WIDTH)))
+    scale = Bind("scale", op("rsqrt", op("add", square, Const(F32, eps))))
+    value = op("mul", Load(F32, "x", (r.symbol, i.symbol)), Ref(F32, "scale"))
+    part = RowPart((r,), (i,), (scale,), (Store("rows", (r.symbol, i.symbol), value),))
+    rows = Buffer("rows", F32, (size_symbol("M"), Integer(WIDTH)), "output")
+    return replace(kernel, parts=(part, *kernel.parts), buffers=(*kernel.buffers, rows))
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16", "int8"])
+def test_a_product_stores_the_rows_that_it_computes_anyway(precision: Precision) -> None:
+    data, _ = weight("F32", FEATURES, WIDTH)
+    eps = (1e-5, 1e-5)
+    fused, apart = (with_constant(plan_of(behind_its_rows(e, eps)), w=data) for e in (1e-5, 0.5))
+    alone = with_constant(plan_of(side_by_side(eps)), w=data)
+    executables = [Executable(plan, threads=2, precision=precision) for plan in (fused, apart, alone)]
+    assert ["stored by the part behind it" in e.source for e in executables] == [True, False, False]
+    for count in (1, 7, 16, 33, 64, 300):
+        x = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(count))
+        (*products, rows), (*_, other), plain = (executable(x) for executable in executables)
+        assert all(map(same_bits, products, plain))
+        for got, one in ((rows, 1e-5), (other, 0.5)):
+            want = x.double() * (x.double().square().mean(-1, keepdim=True) + one).rsqrt()
+            torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
