@@ -51,46 +51,55 @@ static inline void tw_whole_scales(const uint8_t* base, int64_t columns, int64_t
     }
 }
 
-static inline int32_t tw_greatest_lane(tw_i16 x) {
-    const auto most = [](tw_i16 a, tw_i16 b) { return a > b ? a : b; };
-    x = most(x, TW_SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    x = most(x, TW_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+// The greatest lane of each of two vectors without a NaN, the second with its sign turned: -least.
+static inline void tw_bounds(tw_v16 high, tw_v16 low, float& greatest, float& least) {
+    const auto most = [](tw_v16 a, tw_v16 b) { return a > b ? a : b; };
+    low = -low;
+    const tw_v16 both = most(TW_SHUFFLE(high, low, TW_LOW), TW_SHUFFLE(high, low, TW_HIGH));  // 8 of each
+    tw_v16 x = most(both, TW_SHUFFLE(both, both, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
     x = most(x, TW_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-    return tw_most(x[0], x[1]);
+    greatest = tw_most(x[0], x[1]);
+    least = -tw_most(x[8], x[9]);
 }
 
-// 16 numbers times `inverse` to nearest: the whole number stands in the low bits of its sum with 1.5 * 2^23.
-static inline tw_i16 tw_whole_codes(const float* a, float inverse) {
-    return (tw_i16)(tw_load(a) * inverse + 12582912.0f) - 0x4b400000;
+// 16 whole numbers as bytes; above 255 they are 255.
+static inline tw_q16 tw_as_bytes(tw_i16 x) {
+#if defined(__AVX512F__) && !defined(__clang__)
+    return (tw_q16)__builtin_ia32_pmovusdb512_mask(x, tw_c16{}, tw_every);
+#else
+    return __builtin_convertvector(x < 255 ? x : tw_splat_int(255), tw_q16);
+#endif
 }
 
-// Numbers as integers of the same order, and back; a NaN is less or greater than all.
-static inline tw_i16 tw_ordered(tw_i16 bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
-static inline float tw_of_order(int32_t key) { return tw_float_of_bits((uint32_t)(key ^ (key >> 31 & 0x7fffffff))); }
-
-// Row `r` of a panel, `count` numbers (whole steps of 32), to its place in the tiles; its scale and its zero.
+// Row `r` of a panel, `count` numbers (whole steps of 32), to its place in the tiles; its scale and its zero. The whole
+// number stands in the low bits of its sum with 1.5 * 2^23. A row with an infinity or a NaN gets a NaN as its scale.
 __attribute__((noinline)) static void tw_quantize_whole(const float* a, int64_t count, int64_t r, uint8_t* q,
                                                         float* scales, int32_t* zeros) {
     const int64_t tiles = tw_blocks(count, 64);
     q += (r / 16 * tiles * 16 + r % 16) * 64;
-    tw_i16 most[2] = {}, least[2] = {};
+    tw_v16 most[2] = {}, least[2] = {}, nothing[2] = {};
     for (int64_t k = 0; k < count; k += 32)
         for (int i = 0; i < 2; ++i) {
-            const tw_i16 x = tw_ordered((tw_i16)tw_load(a + k + 16 * i));
+            const tw_v16 x = tw_load(a + k + 16 * i);
             most[i] = x > most[i] ? x : most[i];
             least[i] = x < least[i] ? x : least[i];
+            nothing[i] = tw_fma(x, tw_v16{}, nothing[i]);
         }
-    const float high = tw_of_order(tw_greatest_lane(most[0] > most[1] ? most[0] : most[1]));
-    const float low = tw_of_order(~tw_greatest_lane(~(least[0] < least[1] ? least[0] : least[1])));
+    float high, low;
+    tw_bounds(most[0] > most[1] ? most[0] : most[1], least[0] < least[1] ? least[0] : least[1], high, low);
+    tw_v16 none = nothing[0] + nothing[1];
+    none += TW_SHUFFLE(none, none, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    none += TW_SHUFFLE(none, none, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    none += TW_SHUFFLE(none, none, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
     const float scale = (high - low) / 255.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
     const int32_t zero = (int32_t)tw_bits_of_float(12582912.0f - low * inverse) - 0x4b400000;
+    const tw_i16 offset = tw_splat_int(zero - 0x4b400000);
     for (int64_t k = 0; k < count; k += 32)
         for (int i = 0; i < 2; ++i) {
-            const tw_i16 codes = tw_whole_codes(a + k + 16 * i, inverse) + zero;
-            const tw_i16 within = codes < 255 ? codes : tw_splat_int(255);
-            *(tw_q16_any*)(q + k / 64 * 1024 + k % 64 + 16 * i) = __builtin_convertvector(within, tw_q16);
+            const tw_i16 codes = (tw_i16)(tw_load(a + k + 16 * i) * inverse + 12582912.0f) + offset;
+            *(tw_q16_any*)(q + k / 64 * 1024 + k % 64 + 16 * i) = tw_as_bytes(codes);
         }
-    scales[r] = scale;
+    scales[r] = scale + (none[0] + none[1]);
     zeros[r] = zero;
 }
 
