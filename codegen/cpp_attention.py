@@ -15,7 +15,8 @@ import sympy
 import torch
 
 from torchweld.codegen.cpp_attention_room import KEYS, SPLIT, AttentionRoom, SharedRoom
-from torchweld.codegen.cpp_names import converted, literal, unwrapped, value_type
+from torchweld.codegen.cpp_attention_tiles import TilePrinter
+from torchweld.codegen.cpp_names import converted, literal
 from torchweld.codegen.cpp_packed import Precision
 from torchweld.codegen.cpp_text import KernelNames, indented
 from torchweld.codegen.ir import AttentionPart, Kernel
@@ -29,9 +30,19 @@ def print_attention_part(
     """The statements of the part, the bytes of scratch memory per thread, and the memory that its threads share.
 
     place: where that memory comes among the buffers.
-    precision: other than f32, more than 16 queries meet blocks of keys that they see as a whole in bfloat16.
+    precision: other than f32, more than 16 queries go through cpp_attention_tiles.py where there are AMX tiles.
     """
-    return _AttentionPrinter(kernel, names, part, place, precision).print()
+    printer = _AttentionPrinter(kernel, names, part, place)
+    lines, scratch, shared = printer.print()
+    tiles = TilePrinter(kernel, names, part, place)
+    if precision == "f32" or not tiles.fits():
+        return lines, scratch, shared
+    tiled, more = tiles.print()
+    return (
+        [f"if ({tiles.wanted()}) {{", *indented(tiled), "} else {", *indented(lines), "}"],
+        scratch + more,
+        shared,
+    )
 
 
 class _AttentionPrinter(AttentionRoom):
@@ -123,15 +134,6 @@ class _AttentionPrinter(AttentionRoom):
             *self._stores(),
         ]
 
-    def _queries(self) -> list[str]:
-        emitter = self._scope()
-        self._push_row(emitter)
-        self._fill(emitter, self.attend.q, self.attend.d, "q_rows", "r", "d_stride")
-        body = [*self._of_row(), *emitter.pop()]
-        if self.paired:
-            body.append("if (half) tw_round_row(q_rows + r * d_stride, d_stride, r, q_half);")
-        return [*emitter.pop(), "for (int64_t r = 0; r < rows; ++r) {", *indented(body), "}"]
-
     def _block(self) -> list[str]:
         """Pointers to the keys and values of a block, then its rows; with a tree's new rows, query by query."""
         lines = [
@@ -140,19 +142,18 @@ class _AttentionPrinter(AttentionRoom):
             f"const {self.kind}* v_at[{KEYS}];",
             *self._shown(),
             "int64_t ahead = 0, value_ahead = 0;",
-            "const auto attend_rows = [&](int64_t begin_row, int64_t end_row, bool paired) {",
+            "const auto attend_rows = [&](int64_t begin_row, int64_t end_row) {",
             *indented(self._rows()),
             "};",
         ]
-        half = "half" if self.paired else "false"
-        shared = [*self._pointers(self._slot_of_position()), *self._ahead(), f"attend_rows(0, rows, {half});"]
+        shared = [*self._pointers(self._slot_of_position()), *self._ahead(), "attend_rows(0, rows);"]
         if self.attend.path is None:
             return [*lines, *shared]
         tree = [
             f"for (int64_t q = 0; q < rows; q += {self.share}) {{",
             "    if (visible_from[q] >= key + keys || visible_to[q] <= key) continue;",
             *indented(self._pointers(self._slot_on_path())),
-            f"    attend_rows(q, q + {self.share}, false);",
+            f"    attend_rows(q, q + {self.share});",
             "}",
         ]
         return [*lines, "if (key + keys > past) {", *indented(tree), "} else {", *indented(shared), "}"]
@@ -170,14 +171,6 @@ class _AttentionPrinter(AttentionRoom):
         # Behind a block that turned back to the first slot the distance is another one.
         more = f"key + {KEYS} < tw_least(last_key, other_split * {SPLIT}) && slot >= {KEYS}"
         return [f"if ({more}) {{", *steps, "}"]
-
-    def _masks_keys(self) -> bool:
-        """Whether the mask says of a key that all rows of a tile see it, or none."""
-        mask = self.attend.mask
-        if mask is None or mask.dtype != torch.bool:
-            return False
-        needs = self._scope().needs(mask)
-        return self.part.t.name not in needs and (self.share == 1 or self.part.batch[-1].name not in needs)
 
     def _shown(self) -> list[str]:
         """Which keys of the block the mask shows; a block of which it shows nothing changes nothing."""
@@ -202,7 +195,7 @@ class _AttentionPrinter(AttentionRoom):
         ]
 
     def _rows(self) -> list[str]:
-        """Rows [begin_row, end_row) against the block whose pointers are set; plain: what is left for float."""
+        """Rows [begin_row, end_row) against the block whose pointers are set."""
         attend = self.attend
         worked = attend.soft_cap > 0 or (attend.mask is not None and not self._masks_keys())
         scale = literal(1.0 if worked else attend.scale, self.real)
@@ -212,21 +205,19 @@ class _AttentionPrinter(AttentionRoom):
             format_ = self.keys_stored.format
         features = self._text(self.part.feature.extent)
         loop = "for (int64_t r = begin_row; r < end_row; ++r)"
-        whole = f"seen[r].to - seen[r].from == {'keys' if attend.mask_kind == 'none' else KEYS}"
         lines = [
-            f"tw_seen seen[{self.rows}], plain[{self.rows}];",
+            f"tw_seen seen[{self.rows}];",
             f"{self.kind} keep[{self.rows}];",
-            "int64_t last = 0, whole = 0;  // rows that see the whole block",
+            "int64_t last = 0;",
             f"{loop} {{",
             "    const int64_t from = tw_most<int64_t>(visible_from[r] - key, 0);",
             "    const int64_t to = tw_least(visible_to[r] - key, keys);",
             "    seen[r] = from < to ? tw_seen{(int32_t)from, (int32_t)to} : tw_seen{0, 0};",
-            f"    plain[r] = paired && {whole} ? tw_seen{{0, 0}} : seen[r];",
             "    last = tw_most<int64_t>(last, seen[r].to);",
-            "    whole += plain[r].to != seen[r].to;",
             "}",
             "if (!last) return;",
-            *self._score_lines(format_, depth),
+            f"tw_score_block<tw_{format_}>(q_rows + begin_row * d_stride, d_stride, end_row - begin_row,",
+            f"    seen + begin_row, tw_key_list(k_at, last, ahead), {depth}, turned, scores + begin_row * {KEYS});",
         ]
         if worked:
             lines += [
@@ -235,45 +226,13 @@ class _AttentionPrinter(AttentionRoom):
                 *indented(self._scores()),
                 "}",
             ]
-        lines += [
-            f"tw_soften_block<{self.kind}>(scores + begin_row * {KEYS}, end_row - begin_row, seen + begin_row, shown,",
-            f"    {scale}, greatest[state] + begin_row, total[state] + begin_row, keep + begin_row,",
-            f"    {'whole ? weights_half : nullptr' if self.paired else 'nullptr'});",
-        ]
-        scaled = f"tw_scale_row<{self.kind}>(sums + r * f_stride, f_stride, keep[r]);"
-        if self.paired:
-            mix = f"tw_mix_pairs(weights_half, rows, v_at, last, {features}, value_pairs, mixed);"
-            lines += [
-                f"if (whole) {mix}",
-                f"{loop} {{",
-                "    if (plain[r].to != seen[r].to)",
-                f"        tw_add_mixed(sums + r * f_stride, mixed + r * {features}, {features}, keep[r]);",
-                f"    else {scaled}",
-                "}",
-            ]
-        else:
-            lines.append(f"{loop} {scaled}")
         return [
             *lines,
-            f"tw_mix_block<{self.kind}>(scores + begin_row * {KEYS}, end_row - begin_row, plain + begin_row, v_at,",
+            f"tw_soften_block<{self.kind}>(scores + begin_row * {KEYS}, end_row - begin_row, seen + begin_row, shown,",
+            f"    {scale}, greatest[state] + begin_row, total[state] + begin_row, keep + begin_row);",
+            f"{loop} tw_scale_row<{self.kind}>(sums + r * f_stride, f_stride, keep[r]);",
+            f"tw_mix_block<{self.kind}>(scores + begin_row * {KEYS}, end_row - begin_row, seen + begin_row, v_at,",
             f"    {features}, value_ahead, sums + begin_row * f_stride, f_stride);",
-        ]
-
-    def _score_lines(self, format_: str, depth: str) -> list[str]:
-        """Scores of the rows; in bfloat16 only those of rows that see the whole block may count."""
-        plain = [
-            f"tw_score_block<tw_{format_}>(q_rows + begin_row * d_stride, d_stride, end_row - begin_row,",
-            f"    plain + begin_row, tw_key_list(k_at, last, ahead), {depth}, turned, scores + begin_row * {KEYS});",
-        ]
-        if not self.paired:
-            return plain
-        return [
-            *plain,
-            f"{self.kind}* const found = whole == end_row - begin_row ? scores : half_scores;",
-            f"if (whole) tw_score_pairs<tw_{format_}>(q_half, rows, k_at, last, {depth}, key_pairs, found);",
-            "for (int64_t r = begin_row; found != scores && r < end_row; ++r)",
-            "    if (plain[r].to != seen[r].to)",
-            f"        tw_copy_row(scores + r * {KEYS}, half_scores + r * {KEYS}, {KEYS});",
         ]
 
     def _scores(self) -> list[str]:
@@ -303,27 +262,3 @@ class _AttentionPrinter(AttentionRoom):
         loop = ["#pragma GCC ivdep", f"for (int64_t j = {begin}; j < {end}; ++j) {{", *indented(inner), "}"]
         body = outer + emitter.pop() + loop
         return emitter.pop() + body
-
-    def _stores(self) -> list[str]:
-        part, attend = self.part, self.attend
-        emitter = self._scope()
-        f = emitter.axis(part.feature)
-        self._push_row(emitter)
-        share = "tw_share_of_one(total[0][r])"
-        if attend.sinks is not None:
-            sink = unwrapped(converted(emitter.value(attend.sinks), attend.sinks.dtype, self.real))
-            share = f"tw_share_beside<{self.kind}>(greatest[0][r], total[0][r], {sink})"
-        emitter.line(f"const {self.kind} share_of_one = {share};")
-        ref = f"ref:{part.attend.name}"
-        emitter.push((part.feature.name, ref))
-        name = self.names.namer.fresh(part.attend.name)
-        text = converted(f"(joined[r * f_stride + {f}] * share_of_one)", self.real, attend.dtype)
-        emitter.line(f"const {value_type(attend.dtype)} {name} = {unwrapped(text)};")
-        emitter.define_ref(part.attend.name, name, attend.dtype)
-        for store in part.stores:
-            emitter.store(store)
-        lines = emitter.pop()
-        for line in emitter.vector_loop(part.feature, lines):
-            emitter.line(line)
-        body = [*self._of_row(), *emitter.pop()]
-        return [*emitter.pop(), "for (int64_t r = 0; r < rows; ++r) {", *indented(body), "}"]

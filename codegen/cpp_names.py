@@ -25,7 +25,8 @@ _KEYWORDS: Final = frozenset(
     block_columns narrow panel_row unpacked
     share_of_one units spread splits task first_head past slots past_slot visible first_split end_split filled
     split split_end state sums turned joined attend_rows begin_row end_row seen last keep number count group q slot
-    new_row depth fits best found line searched""".split()
+    new_row depth fits best found line searched
+    tile_room tile view work show lanes end_key hidden mask_rows query_pairs weight_pairs""".split()
 )
 
 _STORAGE: Final = {

@@ -158,11 +158,10 @@ __attribute__((noinline)) static void tw_soften_four(float* scores, const tw_see
     tw_put_quads(keep, factor);
 }
 
-// All rows of a block: scores -> weights, and in `keep` what the sums of a row so far are multiplied by. `half`: room for
-// the weights in bfloat16 (packed_bf16.h), or null.
+// All rows of a block: scores -> weights, and in `keep` what the sums of a row so far are multiplied by.
 template <class T>
 static void tw_soften_block(T* scores, int64_t rows, const tw_seen* seen, const T* shown, T scale, T* greatest, T* total,
-                            T* keep, uint16_t* half) {
+                            T* keep) {
     int64_t hidden = 0;
     for (int k = 0; k < tw_keys; ++k) hidden += shown[k] == 0;
     const bool whole = !hidden;
@@ -176,7 +175,6 @@ static void tw_soften_block(T* scores, int64_t rows, const tw_seen* seen, const 
             if (every) {
                 (all ? tw_soften_four<true> : tw_soften_four<false>)(scores + r * tw_keys, seen + r, shown, scale,
                                                                      greatest + r, total + r, keep + r);
-                for (int64_t i = r; half && i < r + 4; ++i) tw_round_row(scores + i * tw_keys, tw_keys, i, half);
                 r += 4;
                 continue;
             }
@@ -184,8 +182,6 @@ static void tw_soften_block(T* scores, int64_t rows, const tw_seen* seen, const 
         keep[r] = 1;
         if (seen[r].from < seen[r].to)
             keep[r] = tw_soften<T>(scores + r * tw_keys, seen[r], shown, scale, greatest[r], total[r]);
-        if constexpr (__is_same(T, float))
-            if (half) tw_round_row(scores + r * tw_keys, tw_keys, r, half);
         ++r;
     }
 }
