@@ -3,12 +3,15 @@
 before:  for (i = 0; i < 64; ++i) ... x[(32 + i) % 64] ...     a division and a scalar load per element
 after:   for (i_first = 0; i_first < 64; i_first += 32)        unrolled, so i_first is a constant,
              for (i_lane = 0; i_lane < 32; ++i_lane)           and (32 + i) % 64 is i_lane plus a constant
+         and i / 64 and i % 64 are written as i_first / 64 and i_first % 64 + i_lane
 why:     rotary embeddings read the other half of a head, and the input of an output projection lies head by head
+         (there gcc 12 makes a vector loop of the first piece only unless these are written out)
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -46,7 +49,14 @@ def _wraps(function: Expr, axis: Axis) -> tuple[int, ...]:
 def loop_in_pieces(name: str, extent: int, length: int, lines: Sequence[str]) -> list[str]:
     """`lines` in a loop over `name` from 0 to `extent`, in unrolled pieces of `length`."""
     first, lane = f"{name}_first", f"{name}_lane"
-    inner = [f"const int64_t {name} = {first} + {lane};", *lines]
+
+    def straight(wrap: re.Match[str]) -> str:
+        if int(wrap[2]) % length:
+            return wrap[0]
+        return f"({first} / {wrap[2]})" if wrap[1] == "/" else f"({first} % {wrap[2]} + {lane})"
+
+    wraps = re.compile(rf"\({re.escape(name)} ([/%]) (\d+)\)")
+    inner = [f"const int64_t {name} = {first} + {lane};", *(wraps.sub(straight, line) for line in lines)]
     return [
         f"#pragma GCC unroll {extent // length}",
         f"for (int64_t {first} = 0; {first} < {extent}; {first} += {length}) {{",

@@ -62,6 +62,12 @@ def test_pieces_hold_for_all_indices_of_a_loop() -> None:
     assert lines[:2] == ["#pragma GCC unroll 6", "for (int64_t i_first = 0; i_first < 192; i_first += 32) {"]
 
 
+def test_wraps_are_written_as_those_of_a_piece() -> None:
+    lines = ["y[i] = x[(i / 64) + (i % 64)] + z[(i % 48)] + w[(pi / 64)];"]
+    inner = loop_in_pieces("i", 192, 32, lines)[-3]
+    assert inner.strip() == "y[i] = x[(i_first / 64) + (i_first % 64 + i_lane)] + z[(i % 48)] + w[(pi / 64)];"
+
+
 @settings(max_examples=4)
 @given(
     heads=st.integers(1, 5), size=st.sampled_from([32, 48, 64]), shift=st.sampled_from([0, 16, 24, 32]),
