@@ -35,7 +35,7 @@ from benchmarks.rows import FORMATS, Format
 from torchweld import load_model
 from torchweld.decoding.cached import CachedModel
 from torchweld.models.errors import ModelFileError
-from torchweld.passes.rewrite_kv_cache import LayerState
+from torchweld.passes.step_program import LayerState
 
 BUSY_CODE: Final = 3
 MODELS: Final = ("smollm2", "gemma3")

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchweld.decoding.cache_full import FullStore
 from torchweld.decoding.cache_ring import RingStore
 from torchweld.decoding.cache_slots import CacheError
-from torchweld.passes.rewrite_kv_cache import LayerState
+from torchweld.passes.step_program import LayerState
 
 __all__ = ["Cache", "CacheError"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchweld.decoding.cache_slots import SlotStore
 from torchweld.decoding.lazy_memory import PAGE, lazy_empty, outgrown, pages_touched
-from torchweld.passes.rewrite_kv_cache import LayerState
+from torchweld.passes.step_program import LayerState
 
 LAZY_PAGES = 4
 """Pages of one head from which on memory is handed out lazily; below, parts of pages would be much of the whole."""

@@ -13,7 +13,7 @@ import torch
 
 from torchweld.decoding.cache_lazy import LazyStore
 from torchweld.decoding.cache_slots import LEAST_SLOTS, SPARE_PARTS
-from torchweld.passes.rewrite_kv_cache import LayerState
+from torchweld.passes.step_program import LayerState
 
 
 class RingStore(LazyStore):

@@ -4,7 +4,7 @@
     step, compiled = source.compiled(is_tree=False)
 
 Nothing is captured before something needs it, and then once: a step that is kept (optimizer/warm_step.py) needs no
-graph at all.
+graph at all. So what captures and derives is imported where it is used: it would be a fifth of a warm start.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from torchweld.graph.capture_causal import capture_causal
 from torchweld.graph.program import Program
 from torchweld.graph.rewrite import Refusal
-from torchweld.graph.sequence import describe_refusal
 from torchweld.optimizer.compile import Compiled, Options
 from torchweld.optimizer.compile_step import TYPICAL_PAST, compile_step, normalise
 from torchweld.optimizer.warm_step import StepStart, find_step_start
-from torchweld.passes.rewrite_kv_cache import StepProgram, derive_step, with_tree
-from torchweld.passes.step_choice import with_choices
+from torchweld.passes.step_program import StepProgram
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +30,8 @@ class NotDecodable(ValueError):
     """No cache can be derived from this program: names the node, its op and its source line, and why."""
 
     def __init__(self, name: str, refusal: Refusal) -> None:
+        from torchweld.graph.sequence import describe_refusal
+
         super().__init__(f"{name} does not decode with a cache: {describe_refusal(refusal)}")
         self.refusal = refusal
 
@@ -44,6 +43,8 @@ def normalised(program: Program) -> Program:
 
 def derive(program: Program, tokens: str | None = None) -> StepProgram:
     """The step program of a captured program; tokens: as for CachedModel. Raises NotDecodable."""
+    from torchweld.passes.rewrite_kv_cache import derive_step
+
     step = derive_step(normalised(program), tokens)
     if isinstance(step, Refusal):
         raise NotDecodable(program.name, step)
@@ -98,7 +99,12 @@ class StepSource:
                 return None
             return find_step_start(model, (example,), chosen, (TYPICAL_PAST, is_tree, tokens, "choices"))
 
-        return cls(lambda: capture_causal(model, example), chosen, find_start, phase, tokens=tokens)
+        def captured() -> Program:
+            from torchweld.graph.capture_causal import capture_causal
+
+            return capture_causal(model, example)
+
+        return cls(captured, chosen, find_start, phase, tokens=tokens)
 
     @property
     def is_captured(self) -> bool:
@@ -124,6 +130,10 @@ class StepSource:
                 known = start.restore()
             if known is not None:
                 return known
+        from torchweld.graph.sequence import describe_refusal
+        from torchweld.passes.rewrite_kv_cache import with_tree
+        from torchweld.passes.step_choice import with_choices
+
         program = self.program
         with nullcontext() if start is None else start.reads(self._looked_at):
             with self._phase("derive the cache of"):

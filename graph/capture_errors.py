@@ -6,8 +6,6 @@ import linecache
 import traceback
 from pathlib import Path
 
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
 from torchweld.graph.program import TORCH_FOLDER
 
 OWN_FOLDER = str(Path(__file__).resolve().parent)
@@ -27,6 +25,9 @@ class CaptureError(RuntimeError):
 
 def is_data_dependent(problem: BaseException) -> bool:
     """Did tracing stop because it needed the value of a tensor?"""
+    # Here, where tracing has loaded it anyway: a start that traces nothing does not need it.
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
     return isinstance(problem, GuardOnDataDependentSymNode) or any(
         word in str(problem) for word in DATA_DEPENDENT
     )

@@ -6,12 +6,11 @@ from typing import Final
 
 import torch
 
+from torchweld import passes
 from torchweld.graph.program import Program
 from torchweld.graph.rewrite import PassOutcome, run_pass
 from torchweld.optimizer.compile import Compiled, Options, compile_program
-from torchweld.passes import CANONICALIZE, RECOGNIZE
-from torchweld.passes.fill_padding_mask import fill_padding_mask
-from torchweld.passes.rewrite_kv_cache import StepProgram
+from torchweld.passes.step_program import StepProgram
 
 TYPICAL_PAST: Final = 256
 """Positions in the cache for which fusions are priced."""
@@ -20,8 +19,10 @@ TYPICAL_PAST: Final = 256
 def normalise(program: Program) -> tuple[Program, list[PassOutcome]]:
     """A copy of `program` in the spelling that `derive_step` reads, and what each pass did; an attention mask over
     tokens is all ones there."""
+    from torchweld.passes.fill_padding_mask import fill_padding_mask  # as the passes, not before it is needed
+
     copy = fill_padding_mask(program).copied()
-    return copy, [run_pass(copy.graph_module, pass_) for pass_ in (*CANONICALIZE, *RECOGNIZE)]
+    return copy, [run_pass(copy.graph_module, pass_) for pass_ in (*passes.CANONICALIZE, *passes.RECOGNIZE)]
 
 
 def compile_step(step: StepProgram, options: Options) -> Compiled:

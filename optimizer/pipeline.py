@@ -8,13 +8,15 @@ Timing, skipping, fuel and verification live here and nowhere else; a pass only 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Final, overload
 
 import torch
 from torch import fx
 
+from torchweld import passes
 from torchweld.codegen.lower import Lowerer
 from torchweld.graph.cost import pricing
 from torchweld.graph.fusion import FusionOutcome, FusionPass, Measure, run_fusion
@@ -24,13 +26,8 @@ from torchweld.graph.program import Program, source_line
 from torchweld.graph.rewrite import Pass, PassOutcome, Refusal, run_pass
 from torchweld.graph.target import Target
 from torchweld.optimizer.ledger import Ledger, MaskRecord, PassRecord, Phase, RefusalRecord
-from torchweld.passes import CANONICALIZE, FUSE, RECOGNIZE
 
 AnyPass = Pass[Any] | FusionPass
-
-GRAPH_PASSES: tuple[Pass[Any], ...] = (*CANONICALIZE, *RECOGNIZE)
-PIPELINE: tuple[AnyPass, ...] = (*GRAPH_PASSES, *FUSE)
-"""Every pass in order; the reasons for the order stand beside each in `torchweld.passes`."""
 
 MAX_REFUSALS_KEPT = 200
 
@@ -38,9 +35,37 @@ AfterPass = Callable[[str, fx.GraphModule], None]
 """Called with a pass's name and the runnable graph after every pass that changed something."""
 
 
-def pass_names() -> tuple[str, ...]:
+def pipeline() -> tuple[AnyPass, ...]:
+    """Every pass in order; the reasons for the order stand beside each in `passes/order.py`."""
+    return (*passes.CANONICALIZE, *passes.RECOGNIZE, *passes.FUSE)
+
+
+class PassNames(Sequence[str]):
+    """The names of all passes in pipeline order, each once; they are imported when somebody looks at a name."""
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(str(pass_.NAME) for pass_ in pipeline()))
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, at: int | slice) -> str | tuple[str, ...]:
+        """One name, or some."""
+        return self._names[at]
+
+    def __len__(self) -> int:
+        """How many passes there are."""
+        return len(self._names)
+
+
+_NAMES: Final = PassNames()
+
+
+def pass_names() -> Sequence[str]:
     """The names of all passes in pipeline order, each once."""
-    return tuple(dict.fromkeys(str(pass_.NAME) for pass_ in PIPELINE))
+    return _NAMES
 
 
 @dataclass
@@ -69,7 +94,7 @@ class Settings:
 def run_graph_passes(program: Program, settings: Settings) -> Program:
     """A copy of `program` with the graph passes applied; records go to the ledger."""
     program = program.copied()
-    for pass_ in (*GRAPH_PASSES, *settings.lossy):
+    for pass_ in (*passes.CANONICALIZE, *passes.RECOGNIZE, *settings.lossy):
         if not settings.wants(pass_):
             continue
         start = time.perf_counter()
@@ -100,7 +125,7 @@ def fuse(program: Program, settings: Settings) -> GroupGraph:
     groups = GroupGraph.of(
         program.graph_module, lowerer, pricing(settings.target, settings.hints), settings.hints
     )
-    for pass_ in FUSE:
+    for pass_ in passes.FUSE:
         if not settings.wants(pass_):
             continue
         start = time.perf_counter()

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from torchweld.graph.padding import Padding
 from torchweld.graph.target import Target
@@ -37,6 +36,9 @@ from torchweld.optimizer.report_tables import (
     phase_table,
     refusal_table,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SCHEMA = 1
 """Version of the JSON: grows when a key changes its meaning or goes away."""

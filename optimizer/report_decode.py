@@ -14,7 +14,7 @@ from rich.console import Console
 
 from torchweld.optimizer.ledger import Fallback
 from torchweld.optimizer.report_tables import Column, Table, fallback_table
-from torchweld.passes.rewrite_kv_cache import LayerState
+from torchweld.passes.step_program import LayerState
 
 SCHEMA = 1
 """Version of the JSON: grows when a key changes its meaning or goes away."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-from rich import box
-from rich.markup import escape
-from rich.table import Table as RichTable
+from typing import TYPE_CHECKING, Literal
 
 from torchweld.optimizer.ledger import Fallback, KernelRecord, LibraryRecord, MaskRecord, PassRecord, Phase
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 Justify = Literal["left", "right"]
 
@@ -34,6 +33,11 @@ class Table:
 
     def to_rich(self) -> RichTable:
         """For a terminal."""
+        # Most runs print no table.
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table as RichTable
+
         table = RichTable(
             title=escape(self.title),
             title_justify="left",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchweld.optimizer.compile import Compiled
-from torchweld.passes.rewrite_kv_cache import StepProgram
+from torchweld.passes.step_program import StepProgram
 
 
 class StepRunner:

@@ -38,7 +38,7 @@ from torchweld.optimizer.environment import read_environment
 from torchweld.optimizer.ledger import Ledger, Phase
 from torchweld.optimizer.pipeline import pass_names
 from torchweld.optimizer.report import Report
-from torchweld.passes.rewrite_kv_cache import LayerState
+from torchweld.passes.step_program import LayerState
 
 log = logging.getLogger(__name__)
 

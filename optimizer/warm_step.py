@@ -21,7 +21,7 @@ from torchweld.codegen.record_json import NotStorable
 from torchweld.graph.program import Program
 from torchweld.optimizer.compile import Compiled, Options
 from torchweld.optimizer.warm import StepFacts, WarmStart, find_warm_start, nesting
-from torchweld.passes.rewrite_kv_cache import StepProgram
+from torchweld.passes.step_program import StepProgram
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ positions become an input, sequences need not be equally long, and only around a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -40,6 +40,7 @@ from torchweld.passes.step_copy import NAME, Stand, StepCopier
 from torchweld.passes.step_cross import CrossWriter, add_encoded_inputs
 from torchweld.passes.step_inputs import CacheShape, StepInputs, add_path_input, add_step_inputs
 from torchweld.passes.step_pairs import PairWriter
+from torchweld.passes.step_program import LayerState, StepProgram
 from torchweld.passes.step_running import CACHED_RUNNING
 from torchweld.passes.step_states import CACHED_ROWS, describe_carried, stands_of_carried
 
@@ -52,59 +53,6 @@ CACHED_ATTENTION: Final = torch.ops.torchweld.cached_attention.default
 PATH_ARGUMENT: Final = {CACHED_ATTENTION: 4, CACHED_ROWS: 3, CACHED_RUNNING: 3}
 # Importing it is what registers the ops.
 OPERATOR_FILES: Final = (cached_attention_op.__name__,)
-
-
-@dataclass(frozen=True)
-class LayerState:
-    """What one attention keeps: keys [B, heads, C, key_features] and values [B, heads, C, value_features].
-
-    kind "causal" keeps every position (window 0), "window" the last `window`; `mask_proof`: how the mask was proved.
-    All other kinds keep rows [B, 1, C, key_features] alone (value_features 0), the last `window` of them:
-    "convolution"; "cumulative sum", "cumulative product", "cumulative log-sum-exp", "cumulative maximum" and
-    "cumulative minimum", the value so far; "scan" and "associative scan", one carry.  node: the name of the op in the
-    source program, which may have several states.
-    """
-
-    node: str
-    kind: str
-    window: int
-    heads: int
-    key_features: int
-    value_features: int
-    dtype: torch.dtype
-    mask_proof: str
-
-    @property
-    def features(self) -> tuple[int, ...]:
-        """The last axis of every cache that it needs."""
-        return (self.key_features, self.value_features) if self.value_features else (self.key_features,)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one position of one sequence adds."""
-        return self.heads * (self.key_features + self.value_features) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class StepProgram:
-    """A program of the signature above: (logits [1, R, V], caches) of the inputs of passes/step_inputs.py.
-
-    states: one per pair of caches, or cache, in order; those of equal window share a capacity.  limit: positions that
-    the model's tables and the capture allow; None where nothing limits them.  vocabulary: V.  token_limit: tokens that
-    the model's embedding has; None where it is unknown.  is_tree: the program has the input `path`.  encoder: gives the
-    inputs encoded_i; None where there is none.  crosses: what each cross attention reads of it, per source position.
-    chooses: the program has the input and the results of passes/step_choice.py.
-    """
-
-    program: Program
-    states: tuple[LayerState, ...]
-    limit: int | None
-    vocabulary: int
-    token_limit: int | None
-    is_tree: bool
-    encoder: Program | None = None
-    crosses: tuple[LayerState, ...] = ()
-    chooses: bool = False
 
 
 def derive_step(program: Program, tokens: str | None = None) -> StepProgram | Refusal:

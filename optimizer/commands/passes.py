@@ -13,7 +13,7 @@ from typing import Protocol
 from rich.console import Console
 
 from torchweld.graph.rewrite import Exactness
-from torchweld.optimizer.pipeline import PIPELINE
+from torchweld.optimizer.pipeline import pipeline as all_passes
 from torchweld.optimizer.suggest import check_name
 
 LINES = ("before", "after", "why", "legal", "source")
@@ -61,10 +61,11 @@ def show_passes(
     name: str | None = None,
     *,
     as_json: bool = False,
-    pipeline: Iterable[Described] = PIPELINE,
+    pipeline: Iterable[Described] | None = None,
 ) -> None:
     """Print the cards of all passes, or of the one called `name` (UnknownNameError if there is none)."""
-    cards = list({card.name: card for card in map(describe, pipeline)}.values())
+    described = all_passes() if pipeline is None else pipeline
+    cards = list({card.name: card for card in map(describe, described)}.values())
     if name is not None:
         check_name("pass", name, [card.name for card in cards])
         cards = [card for card in cards if card.name == name]
