@@ -148,44 +148,45 @@ template <int N, class V> static inline V tw_meet_all(V* x) {
     }
 }
 
-// The lanes of a pass of one row: n features from `first` on of `key`, q the row's own.
-template <class F, int Whole>
-static inline typename F::vector tw_dot(const typename F::real* q, const uint8_t* key, int64_t first, int64_t n) {
-    typedef typename F::vector V;
+// The lanes of a pass of one row: n features of the key.
+template <class F>
+__attribute__((noinline)) static typename F::vector tw_part_dot(const typename F::real* q, const uint8_t* key, int64_t n) {
     constexpr int lanes = 64 / sizeof(typename F::real);
-    V sum = {};
-    const auto add = [&](int64_t d, V k) __attribute__((always_inline)) { sum = tw_fma(tw_load(q + d), k, sum); };
-    key += first / lanes * F::bytes;
-    if constexpr (Whole) {
+    typename F::vector sum = {}, k;
+    int64_t d = 0;
+    for (; d + lanes <= n; d += lanes) {
+        F::unpack(key + d / lanes * F::bytes, &k);
+        sum = tw_fma(tw_load(q + d), k, sum);
+    }
+    return d < n ? tw_fma(tw_load(q + d), tw_tail<F>(key, d, n), sum) : sum;
+}
+template <class F> static inline typename F::vector tw_whole_dot(const typename F::real* q, const uint8_t* key) {
+    constexpr int lanes = 64 / sizeof(typename F::real);
+    typename F::vector sum = {}, k;
 #pragma GCC unroll 8
-        for (int d = 0; d < tw_pass; d += lanes) {
-            V k;
-            F::unpack(key + d / lanes * F::bytes, &k);
-            add(d, k);
-        }
-    } else {
-        int64_t d = 0;
-        for (; d + lanes <= n; d += lanes) {
-            V k;
-            F::unpack(key + d / lanes * F::bytes, &k);
-            add(d, k);
-        }
-        if (d < n) add(d, tw_tail<F>(key, d, n));
+    for (int d = 0; d < tw_pass; d += lanes) {
+        F::unpack(key + d / lanes * F::bytes, &k);
+        sum = tw_fma(tw_load(q + d), k, sum);
     }
     return sum;
 }
 
 // A pass of R rows against 16 (8 in double) keys.
-template <class F, int R, int Whole>
+template <class F, int R, bool Whole>
 static inline void tw_score_dots(const typename F::real* q, int64_t stride, const void* const* keys, int64_t first,
                                  int64_t n, typename F::real* scores) {
     constexpr int lanes = 64 / sizeof(typename F::real);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
+        const auto* const own = q + r * stride + first;
+        const int64_t skipped = first / lanes * F::bytes;
         typename F::vector x[lanes];
+        if constexpr (Whole) {
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i)
-            x[i] = tw_dot<F, Whole>(q + r * stride + first, (const uint8_t*)keys[i], first, n);
+            for (int i = 0; i < lanes; ++i) x[i] = tw_whole_dot<F>(own, (const uint8_t*)keys[i] + skipped);
+        } else {
+            for (int i = 0; i < lanes; ++i) x[i] = tw_part_dot<F>(own, (const uint8_t*)keys[i] + skipped, n);
+        }
         const auto found = tw_meet_all<lanes>(x);
         tw_put(scores + r * tw_keys, first ? tw_load(scores + r * tw_keys) + found : found);
     }
@@ -205,9 +206,23 @@ __attribute__((noinline)) static void tw_score_few(const typename F::real* q, in
             const char* const next = (const char*)own[0] + first * F::bytes + keys.ahead;
             if (keys.ahead)  // lines in their order: then the processor reads on by itself
                 for (int64_t i = 0; i < n * F::bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
-            if (n == tw_pass) tw_score_dots<F, R, 1>(q, stride, own, first, n, scores + c);
-            else tw_score_dots<F, R, 0>(q, stride, own, first, n, scores + c);
+            if (n == tw_pass) tw_score_dots<F, R, true>(q, stride, own, first, n, scores + c);
+            else tw_score_dots<F, R, false>(q, stride, own, first, n, scores + c);
         }
+    }
+}
+
+template <class F>
+static inline void tw_score_up_to_four(const typename F::real* q, int64_t stride, int64_t rows, const tw_key_list& keys,
+                                       int64_t features, typename F::real* scores) {
+    if constexpr (tw_tile_rows == 1) {  // few registers: one by one
+        for (int64_t r = 0; r < rows; ++r)
+            tw_score_few<F, 1>(q + r * stride, stride, keys, features, scores + r * tw_keys);
+    } else {
+        if (rows == 1) tw_score_few<F, 1>(q, stride, keys, features, scores);
+        else if (rows == 2) tw_score_few<F, 2>(q, stride, keys, features, scores);
+        else if (rows == 3) tw_score_few<F, 3>(q, stride, keys, features, scores);
+        else tw_score_few<F, 4>(q, stride, keys, features, scores);
     }
 }
 
@@ -286,10 +301,7 @@ static void tw_score_block(const typename F::real* q, int64_t stride, int64_t ro
     if (!wanted) return;
     if (features == 0)
         for (int64_t i = 0; i < rows * tw_keys; ++i) scores[i] = 0;
-    if (rows == 1) return tw_score_few<F, 1>(q, stride, keys, features, scores);
-    if (rows == 2) return tw_score_few<F, 2>(q, stride, keys, features, scores);
-    if (rows == 3) return tw_score_few<F, 3>(q, stride, keys, features, scores);
-    if (rows == 4) return tw_score_few<F, 4>(q, stride, keys, features, scores);
+    if (rows <= 4) return tw_score_up_to_four<F>(q, stride, rows, keys, features, scores);
     for (int64_t first = 0; first < features; first += tw_pass) {
         const int64_t n = tw_least<int64_t>(tw_pass, features - first);
         const int64_t padded = tw_blocks(n, F::block) * F::block;
