@@ -9,11 +9,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Growth:
-    """Times at growing sizes: what was measured and what the roofline says, in seconds per step or call."""
+    """Times at growing sizes, in seconds per step or call.
+
+    roofline: what the machine's ceilings say.  pure: the same, with the time of a pure read of as many bytes, measured
+    beside each size; empty where there is none.
+    """
 
     sizes: tuple[float, ...]
     measured: tuple[float, ...]
     roofline: tuple[float, ...]
+    pure: tuple[float, ...] = ()
+
+    @property
+    def limit(self) -> tuple[float, ...]:
+        """The times that the measured ones are held against: those with a pure read where there are any."""
+        return self.pure or self.roofline
 
     @property
     def exponent(self) -> float | None:
@@ -21,16 +31,16 @@ class Growth:
         return exponent(self.sizes, self.measured)
 
     @property
-    def roofline_exponent(self) -> float | None:
-        """Of the roofline."""
-        return exponent(self.sizes, self.roofline)
+    def limit_exponent(self) -> float | None:
+        """Of the limit."""
+        return exponent(self.sizes, self.limit)
 
     @property
     def ratio(self) -> float | None:
-        """Measured time at the largest size over that at the smallest, divided by the roofline's ratio."""
+        """Measured time at the largest size over that at the smallest, divided by the limit's ratio."""
         if len(self.sizes) < 2:
             return None
-        return (self.measured[-1] / self.measured[0]) / (self.roofline[-1] / self.roofline[0])
+        return (self.measured[-1] / self.measured[0]) / (self.limit[-1] / self.limit[0])
 
 
 def exponent(sizes: Sequence[float], times: Sequence[float]) -> float | None:

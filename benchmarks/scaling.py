@@ -4,13 +4,16 @@
     python -m benchmarks.scaling --model gemma3 --precision int8 --quick
     python -m benchmarks.scaling --write                # also benchmarks/results/ and docs/performance.md
 
-Each series prints the exponent e of t = a * size^e as measured and as the roofline has it (0: the size costs nothing,
-1: twice the size, twice the time), and how many times more the largest size costs than the roofline allows.
+Each series prints the exponent e of t = a * size^e as measured and as the limit has it (0: the size costs nothing,
+1: twice the size, twice the time), and how many times more the largest size costs than the limit allows. The limit of a
+size is a pure read of as many bytes, measured between its runs (`pure_read`); the tables also show what the speed of
+DRAM says, which working sets beat that stay in the last-level cache.
 """
 
 from __future__ import annotations
 
 import copy
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +30,8 @@ from benchmarks.measure import one_line, summarize
 from benchmarks.peers.inputs import sentences, tokens
 from benchmarks.peers.ours import options_for
 from benchmarks.publish import Circumstances, report, update_page, write_results
-from benchmarks.roofline import ModelFacts, facts_of, least_work
+from benchmarks.pure_read import PureRead
+from benchmarks.roofline import ModelFacts, Work, facts_of, least_work
 from benchmarks.rows import Row, measured_row
 from benchmarks.workloads import Workload
 from torchweld import load_model
@@ -39,6 +43,8 @@ CONTEXT: Final = 64
 """Cached positions in the series that vary something else."""
 LEAST_SECONDS: Final = 1.0
 """Of the steps of one size together; so many short ones that their median is steady."""
+ROUNDS: Final = 4
+"""Turns of the runs and of the pure reads of a size: both meet the same moods of the machine."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +69,16 @@ class Series:
     growth: Growth
 
 
-def measure_workload(setting: Setting, workload: Workload, repeats: int) -> list[float]:
-    """Seconds of at least `repeats` runs, each from the same state; short ones are repeated for LEAST_SECONDS."""
+def measure_workload(
+    setting: Setting, workload: Workload, repeats: int, between: Callable[[], object] = lambda: None
+) -> list[float]:
+    """Seconds of at least `repeats` runs, each from the same state; short ones are repeated for LEAST_SECONDS.
+
+    between: what comes before each of the ROUNDS that the runs go in.
+    """
     if workload.kind == "prefill":
         prompts = sentences(workload.batch, workload.length)
-        return _repeat(lambda: setting.model.prefill(prompts), lambda: None, repeats, 0.0)
+        return _repeat(lambda: setting.model.prefill(prompts), lambda: None, between, repeats, 0.0)
     past = max(workload.past, 1)
     setting.model.prefill(sentences(workload.batch, past))
     ids = torch.tensor([tokens(workload.length, seed=7)] * workload.batch)
@@ -75,35 +86,53 @@ def measure_workload(setting: Setting, workload: Workload, repeats: int) -> list
     return _repeat(
         lambda: setting.model.step(ids, logits_for=wanted),
         lambda: setting.model.truncate(past),
+        between,
         repeats,
         LEAST_SECONDS,
     )
 
 
 def _repeat(
-    run: Callable[[], object], undo: Callable[[], object], repeats: int, least_seconds: float
+    run: Callable[[], object],
+    undo: Callable[[], object],
+    between: Callable[[], object],
+    repeats: int,
+    least_seconds: float,
 ) -> list[float]:
-    """Seconds of each run after one that is not counted; `undo` is not counted either."""
-    run()
-    undo()
+    """Seconds of each run but for the first of a round; `undo` is not counted either."""
     samples: list[float] = []
-    while len(samples) < repeats or (sum(samples) < least_seconds and len(samples) < 200):
-        start = time.perf_counter()
+    for turn in range(1, ROUNDS + 1):
+        between()
         run()
-        samples.append(time.perf_counter() - start)
         undo()
+        enough, seconds = -(-repeats * turn // ROUNDS), least_seconds * turn / ROUNDS
+        while len(samples) < enough or (sum(samples) < seconds and len(samples) < 50 * turn):
+            start = time.perf_counter()
+            run()
+            samples.append(time.perf_counter() - start)
+            undo()
     return samples
+
+
+def measure_beside_reads(
+    setting: Setting, workload: Workload, work: Work, repeats: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of the runs, and of pure reads of the work's bytes between them."""
+    reads: list[float] = []
+    with PureRead(int(work.bytes), setting.ceiling.cores) as read:
+        samples = measure_workload(setting, workload, repeats, lambda: reads.extend(read.passes(repeats)))
+    return samples, reads
 
 
 def measure_series(
     title: str, what: str, points: Sequence[tuple[float, Setting, Workload]], repeats: int
 ) -> Series:
     """One row per point (size, setting, workload), and the growth of the time of one run with the size."""
-    rows, measured, roofline = [], [], []
+    rows, measured, roofline, pure = [], [], [], []
     for _, setting, workload in points:
         watch = Watch()
-        samples = measure_workload(setting, workload, repeats)
         work = least_work(setting.facts, workload)
+        samples, reads = measure_beside_reads(setting, workload, work, repeats)
         summary = summarize([workload.in_unit(seconds) for seconds in samples])
         rows.append(
             measured_row(
@@ -113,8 +142,10 @@ def measure_series(
         )  # fmt: skip
         measured.append(workload.seconds(summary.median))
         roofline.append(work.seconds(setting.ceiling.read_gb_s, setting.gflops))
+        pure.append(max(statistics.median(reads), work.flops / setting.gflops / 1e9))
     sizes = tuple(size for size, _, _ in points)
-    return Series(title, what, sizes, tuple(rows), Growth(sizes, tuple(measured), tuple(roofline)))
+    growth = Growth(sizes, tuple(measured), tuple(roofline), tuple(pure))
+    return Series(title, what, sizes, tuple(rows), growth)
 
 
 def make_setting(
@@ -198,7 +229,7 @@ _PROMISES: Final = (
     ("rows of one sequence at once", 8.0, 1.0, False, 1.6, 1.2),
     ("one token, context grows", 4096.0, 64.0, True, 1.15, 1.05),
 )
-"""Series, the size and the size that it is compared with, whether over the roofline's ratio, at most, aim."""
+"""Series, the size and the size that it is compared with, whether over the limit's ratio, at most, aim."""
 
 
 def promises(series: Sequence[Series]) -> str:
@@ -211,9 +242,9 @@ def promises(series: Sequence[Series]) -> str:
             at, by = one.sizes.index(size), one.sizes.index(base)
             ratio = one.growth.measured[at] / one.growth.measured[by]
             if relative:
-                ratio /= one.growth.roofline[at] / one.growth.roofline[by]
+                ratio /= one.growth.limit[at] / one.growth.limit[by]
             reached = "aim" if ratio <= aim else "must" if ratio <= most else "short"
-            what = f"{title}: {size:g} against {base:g}{', over the roofline' if relative else ''}"
+            what = f"{title}: {size:g} against {base:g}{', over a pure read of as much' if relative else ''}"
             lines.append(f"| {what} | {ratio:.2f} | {most:.2f} | {aim:.2f} | {reached} |")
     head = ["| promise | measured | at most | aim | reached |", "|---|---:|---:|---:|---|"]
     return "\n".join([*head, *lines]) + "\n\n" if lines else ""
@@ -222,12 +253,12 @@ def promises(series: Sequence[Series]) -> str:
 def to_markdown(series: Sequence[Series]) -> str:
     """The exponents of all series, then a table of each."""
     lines = [
-        "| series | sizes | exponent | roofline's | largest against smallest, over the roofline's ratio |"
+        "| series | sizes | exponent | the limit's | largest against smallest, over the limit's ratio |",
+        "|---|---|---:|---:|---:|",
     ]
-    lines.append("|---|---|---:|---:|---:|")
     for one in series:
         growth = one.growth
-        numbers = (growth.exponent, growth.roofline_exponent, growth.ratio)
+        numbers = (growth.exponent, growth.limit_exponent, growth.ratio)
         cells = " | ".join("" if number is None else f"{number:.2f}" for number in numbers)
         lines.append(f"| {one.title} | {one.what} {one.sizes[0]:g} to {one.sizes[-1]:g} | {cells} |")
     for one in series:
@@ -235,11 +266,15 @@ def to_markdown(series: Sequence[Series]) -> str:
             "",
             f"**{one.title}**",
             "",
-            f"| {one.what} | ms | roofline ms | times |",
-            "|---:|---:|---:|---:|",
+            f"| {one.what} | ms | at the speed of DRAM, ms | times | pure read of as much, ms | times |",
+            "|---:|---:|---:|---:|---:|---:|",
         ]
-        for size, took, least in zip(one.sizes, one.growth.measured, one.growth.roofline, strict=True):
-            lines.append(f"| {size:g} | {took * 1e3:.3f} | {least * 1e3:.3f} | {took / least:.2f} |")
+        growth = one.growth
+        for size, took, *limits in zip(
+            one.sizes, growth.measured, growth.roofline, growth.limit, strict=True
+        ):
+            cells = " | ".join(f"{least * 1e3:.3f} | {took / least:.2f}" for least in limits)
+            lines.append(f"| {size:g} | {took * 1e3:.3f} | {cells} |")
     return "\n".join(lines) + "\n"
 
 

@@ -29,6 +29,12 @@ def test_no_exponent_of_what_has_no_logarithm(sizes: list[float], times: list[fl
 
 def test_growth_is_judged_by_the_roofline() -> None:
     growth = Growth((1.0, 2.0, 4.0), (1.0, 2.0, 4.0), (3.0, 6.0, 12.0))
-    assert growth.exponent == pytest.approx(1.0) == growth.roofline_exponent
+    assert growth.exponent == pytest.approx(1.0) == growth.limit_exponent
     assert growth.ratio == pytest.approx(1.0)
     assert Growth((1.0, 4.0), (1.0, 16.0), (1.0, 4.0)).ratio == pytest.approx(4.0)
+
+
+def test_a_pure_read_beside_each_size_is_the_better_limit() -> None:
+    growth = Growth((1.0, 4.0), (1.0, 6.0), (1.0, 2.0), pure=(1.0, 6.0))
+    assert growth.ratio == pytest.approx(1.0)
+    assert growth.limit == (1.0, 6.0)

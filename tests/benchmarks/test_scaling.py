@@ -9,7 +9,16 @@ from torch import nn
 
 from benchmarks.fit import Growth
 from benchmarks.roofline import ModelFacts
-from benchmarks.scaling import Series, Setting, first_layers, measure_series, promises, to_markdown
+from benchmarks.scaling import (
+    ROUNDS,
+    Series,
+    Setting,
+    first_layers,
+    measure_series,
+    measure_workload,
+    promises,
+    to_markdown,
+)
 from benchmarks.workloads import Workload
 from torchweld.decoding.cached import CachedModel
 from torchweld.graph.target import SM_80
@@ -35,8 +44,11 @@ def test_series_keep_sizes_times_and_the_roofline(setting: Setting) -> None:
     series = measure_series("title", "rows", points, repeats=2)
     assert [row.workload for row in series.rows] == ["vf1@d8", "vf3@d8", "tg1@d8x2", "pp5"]
     assert series.sizes == (1.0, 3.0, 4.0, 5.0) and len(series.growth.measured) == 4
-    for row, took, least in zip(series.rows, series.growth.measured, series.growth.roofline, strict=True):
-        assert row.runs >= 2 and took > 0 and least > 0
+    growth = series.growth
+    for row, took, least, read in zip(
+        series.rows, growth.measured, growth.roofline, growth.pure, strict=True
+    ):
+        assert row.runs >= 2 and took > 0 and least > 0 and read > 0
         assert row.share_of_read == pytest.approx((row.gb_s or 0) / SM_80.read_gb_s)
     assert setting.model.lengths == (5,)
 
@@ -56,6 +68,12 @@ def test_first_layers_share_weights_and_leave_the_model_alone() -> None:
         first_layers(model, 5)
 
 
+def test_pure_reads_come_between_the_runs(setting: Setting) -> None:
+    turns: list[int] = []
+    samples = measure_workload(setting, Workload("toy", "prefill", 1, 5), 6, lambda: turns.append(0))
+    assert len(turns) == ROUNDS and len(samples) >= 6
+
+
 def series_of(title: str, sizes: tuple[float, ...], measured: tuple[float, ...]) -> Series:
     return Series(title, "rows", sizes, (), Growth(sizes, measured, tuple(1.0 for _ in sizes)))
 
@@ -67,11 +85,13 @@ def test_promises_compare_with_the_smallest_size() -> None:
     assert "8 against 1 | 2.00 | 1.60 | 1.20 | short |" in text
     context = series_of("one token, context grows", (64.0, 4096.0), (1.0, 3.3))
     grown = replace(context, growth=replace(context.growth, roofline=(1.0, 3.0)))
-    assert "over the roofline | 1.10 | 1.15 | 1.05 | must |" in promises([grown])
+    assert "over a pure read of as much | 1.10 | 1.15 | 1.05 | must |" in promises([grown])
+    read = replace(context, growth=replace(grown.growth, pure=(1.0, 3.2)))
+    assert "over a pure read of as much | 1.03 | 1.15 | 1.05 | aim |" in promises([read])
     assert promises([series_of("prompt grows", (1.0, 2.0), (1.0, 2.0))]) == ""
 
 
 def test_table_shows_exponents() -> None:
     text = to_markdown([series_of("prompt grows", (1.0, 2.0), (1.0, 4.0))])
     assert "| prompt grows | rows 1 to 2 | 2.00 | 0.00 | 4.00 |" in text
-    assert "| 2 | 4000.000 | 1000.000 | 4.00 |" in text
+    assert "| 2 | 4000.000 | 1000.000 | 4.00 | 1000.000 | 4.00 |" in text
