@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 
 import torch
@@ -22,6 +23,18 @@ def test_only_what_is_written_is_taken() -> None:
     tensor[1, 3, :5] = 7.0
     assert resident_bytes() - before < tensor.nbytes // 100
     assert tensor[1, 3, :5].tolist() == [7.0] * 5
+
+
+def test_what_a_fork_writes_is_its_own() -> None:
+    tensor = lazy_empty((8, PAGE), torch.uint8)
+    tensor[3] = 1
+    memory = tensor.numpy()
+    child = os.fork()
+    if child == 0:
+        memory[3, 0] = 2
+        os._exit(int(memory[3, 0]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert int(tensor[3, 0]) == 1
 
 
 def test_shapes_without_elements() -> None:
