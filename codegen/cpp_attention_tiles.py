@@ -1,6 +1,6 @@
 """The way of an AttentionPart in C++ for many queries with precision bf16 and int8: AMX tiles (attention_bf16.h).
 
-    for each (batch entry, head, 64 queries):                                 the threads take turns
+    for each (batch entry, head, 32 queries):                                 the threads take turns
         for each block of 64 keys that one of them sees:
             keys and values rounded, unless a tile before left them; scores, mask, weights, values
         stores

@@ -1,14 +1,14 @@
 // Attention of many rows in bfloat16 with AMX tiles, sums in float. For more than 16 queries with precision="bf16" or
 // "int8"; depth a multiple of 32, features a multiple of 16.
 //
-// Everything is turned: a tile has 64 queries of one head in its columns, so that a vector holds 16 queries. Greatest
+// Everything is turned: a tile has 32 queries of one head in its columns, so that a vector holds 16 queries. Greatest
 // scores and sums over the keys then need no shuffles, and weights go into the second product as they are made:
-//   scores [64 keys, 64 queries] = keys x queries^T       sums [features, 64 queries] += values^T x weights
+//   scores [64 keys, 32 queries] = keys x queries^T       sums [features, 32 queries] += values^T x weights
 //
 // Keys and values of a key head are rounded once per thread, and stay for all its tiles. Blocks of 64 keys lie at fixed
 // positions, and a row's sums run over them in ascending order, so a row's bits do not depend on the other rows. Blocks
 // that nobody sees are left out; a key that a row does not see weighs 0 in it.
-//   queries [64 / 16][depth / 32] tiles: line p holds features 2p, 2p + 1 of 16 queries
+//   queries [32 / 16][depth / 32] tiles: line p holds features 2p, 2p + 1 of 16 queries
 //   a block [line: are the values finite?][64 / 16][depth / 32] tiles of 16 keys by 32 features,
 //           [features / 16][2] tiles of 16 features by 32 keys; features up to whole 32
 
@@ -32,8 +32,8 @@ struct tw_query_tile {
     float factor;
 };
 
-// What the queries of a tile see of a block: keys [from, to) of it, a vector of 16 queries at a time. `shown` is 0 for keys
-// that nobody sees. begin, end: whole 32 keys around all that is seen.
+// What the queries of a tile see of a block: keys [from, to) of it, 16 queries in a vector. `shown` is 0 for keys that
+// nobody sees. begin, end: whole 32 keys around all that is seen.
 struct tw_tile_view {
     alignas(64) int32_t from[tw_lanes], to[tw_lanes];
     alignas(64) float shown[tw_keys];
@@ -128,8 +128,10 @@ __attribute__((noinline)) static void tw_tile_keys(const void* const* keys, int6
         for (int64_t step = 0; step < steps; ++step) {
             tw_v16 x[2] = {};
             if (key < count)
-                for (int half = 0; half < 2; ++half) F::unpack((const uint8_t*)keys[key] + (2 * step + half) * F::bytes, x + half);
-            *(tw_u16x32_any*)(to + (key / 16 * steps + step) * tw_bf16_step_bytes + key % 16 * 64) = tw_halves(x[0], x[1]);
+                for (int half = 0; half < 2; ++half)
+                    F::unpack((const uint8_t*)keys[key] + (2 * step + half) * F::bytes, x + half);
+            uint8_t* const line = to + (key / 16 * steps + step) * tw_bf16_step_bytes + key % 16 * 64;
+            *(tw_u16x32_any*)line = tw_halves(x[0], x[1]);
         }
 }
 
@@ -156,7 +158,7 @@ __attribute__((noinline)) static bool tw_tile_values(const float* const* values,
     return true;
 }
 
-// out [32 rows, 16 * G of 64 columns], added to if Add; a: two rows of tiles `next` apart; b: G rows of tiles.
+// out [32 rows, 16 * G of tw_lanes columns], added to if Add; a: two rows of tiles `next` apart; b: G rows of tiles.
 template <bool Add, int G>
 static inline void tw_tile_product(const uint8_t* a, int64_t a_next, const uint8_t* b, int64_t b_next, int64_t steps,
                                    float* out) {
@@ -186,7 +188,7 @@ static inline void tw_tile_product(const uint8_t* a, int64_t a_next, const uint8
     if (G == 2) asm volatile("tilestored %%tmm3, (%0,%1,1)" ::"r"(below + 16), "r"(out_line) : "memory");
 }
 
-// out [rows, 16 * groups of 64 columns] = or += a x b over `steps` of the `all` steps that rows of a (of b: `b_all`) have.
+// out [rows, 16 * groups of tw_lanes columns] = or += a x b over `steps` of the `all` steps of a row of a (`b_all`: b).
 template <bool Add>
 static void tw_tile_products(const uint8_t* a, int64_t rows, int64_t all, const uint8_t* b, int64_t groups,
                              int64_t b_all, int64_t steps, float* out) {
@@ -200,8 +202,8 @@ static void tw_tile_products(const uint8_t* a, int64_t rows, int64_t all, const 
         }
 }
 
-// The state of 64 queries: the exponent of 2 that weights are measured by, and their sum. The exponent stays until a score
-// is 8 above it, so that the sums of values are seldom multiplied by anything.
+// The state of a tile: the exponent of 2 that weights are measured by, and their sum. The exponent stays until
+// a score is 8 above it, so that the sums of values are seldom multiplied by anything.
 struct tw_tile_state {
     alignas(64) float top[tw_lanes], total[tw_lanes];
     bool empty;  // no sums of values so far
@@ -267,8 +269,10 @@ __attribute__((noinline)) static void tw_mix_apart(const tw_tile_view& view, int
             alignas(64) uint16_t seen[2 * tw_bf16_step_bytes] = {};
             alignas(64) float mixed[32 * tw_lanes] = {};
             for (int64_t i = 0; i < 16; ++i)
-                for (int64_t key = view.from[r]; key < view.to[r]; ++key)
-                    seen[key / 32 * 512 + i * 32 + key % 32] = ((const uint16_t*)values)[key / 32 * 512 + i * 32 + key % 32];
+                for (int64_t key = view.from[r]; key < view.to[r]; ++key) {
+                    const int64_t at = key / 32 * 512 + i * 32 + key % 32;
+                    seen[at] = ((const uint16_t*)values)[at];
+                }
             for (int64_t i = 0; i < 16; ++i) mixed[i * tw_lanes + r % 32] = sums[(f + i) * tw_lanes + r];
             tw_tile_product<true, 2>((const uint8_t*)seen + skipped, 2 * tw_bf16_step_bytes,
                                      weights + r / 32 * 4 * tw_bf16_step_bytes + skipped, 2 * tw_bf16_step_bytes,
@@ -303,8 +307,8 @@ static void tw_mix_tile_block(const tw_query_tile& tile, const tw_tile_view& vie
 }
 
 // The sums of values of a tile's queries as rows [count, out_stride], with their greatest scores and sums of weights.
-// point(key, count, k_at, v_at): where these keys and values lie. show(key, shown): how many keys of the block are hidden
-// from everybody. work(key, scores, view): what is done to scores in place.
+// point(key, count, k_at, v_at): where these keys and values lie. show(key, shown): how many keys of the block nobody
+// sees. work(key, scores, view): what is done to scores in place.
 template <class F, class Point, class Show, class Work>
 static void tw_attend_tile(tw_tile_room& room, const tw_query_tile& tile, Point point, Show show, Work work, float* out,
                            int64_t out_stride, float* greatest, float* total) {
