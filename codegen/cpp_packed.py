@@ -180,7 +180,7 @@ def product_lines(
     if copies is not None and stored.is_whole:
         return [
             "if (!narrow) tw_tiles_on();",
-            f"tw_packed_whole({copies.whole}, piece, piece_end, {base}, width, {steps},",
+            f"tw_packed_whole({copies.whole}, piece, piece_end, block_end - first_row, {base}, width, {steps},",
             f"    {out}, {out_stride});",
             "if (!narrow) tw_tiles_off();",
         ]

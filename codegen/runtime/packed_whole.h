@@ -107,15 +107,17 @@ __attribute__((noinline)) static void tw_quantize_whole(const float* a, int64_t 
 #define TW_LOAD_TILE(n, p, stride) asm volatile("tileloadd (%0,%1,1), %%tmm" #n ::"r"(p), "r"(stride) : "memory")
 #define TW_STORE_TILE(n, p) asm volatile("tilestored %%tmm" #n ", (%0,%1,1)" ::"r"(p), "r"(out_line) : "memory")
 
-// 32 rows against two groups: tiles 0 to 3 hold the sums, 4 and 5 the rows, 6 and 7 the weights.
+// 32 rows against two groups: tiles 0 to 3 hold the sums, 4 and 5 the rows, 6 and 7 the weights. With every tile
+// `lines` lines at `ahead` are asked for from beyond the L2 cache.
 static inline void tw_whole_tile_of_32(const uint8_t* a, int64_t tiles, const uint8_t* w, int64_t group_bytes, int32_t* out,
-                                       int64_t out_stride) {
+                                       int64_t out_stride, const uint8_t* ahead, int64_t lines) {
     const int64_t line = 64, out_line = 4 * out_stride;
     asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::: "memory");
     for (int64_t t = 0; t < tiles; ++t) {
         TW_LOAD_TILE(6, w + 1024 * t, line);
         TW_LOAD_TILE(4, a + 1024 * t, line);
         TW_LOAD_TILE(5, a + 1024 * (tiles + t), line);
+        for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(ahead + 64 * (t * lines + i), 0, 2);
         asm volatile("tdpbusd %%tmm6, %%tmm4, %%tmm0\n\ttdpbusd %%tmm6, %%tmm5, %%tmm2" ::: "memory");
         TW_LOAD_TILE(7, w + group_bytes + 1024 * t, line);
         asm volatile("tdpbusd %%tmm7, %%tmm4, %%tmm1\n\ttdpbusd %%tmm7, %%tmm5, %%tmm3" ::: "memory");
@@ -154,9 +156,11 @@ static inline void tw_whole_tile_of_16(const uint8_t* a, int64_t tiles, const ui
 #undef TW_LOAD_TILE
 #undef TW_STORE_TILE
 
-static bool tw_whole_by_tiles(const uint8_t* a, int64_t tiles, int64_t rows, const uint8_t* w, int64_t group_bytes,
-                              int64_t groups, int32_t* out, int64_t out_stride) {
+// ahead: how many lines of the next columns every tile of weights brings along (tw_whole_ahead).
+static bool tw_whole_by_tiles(const uint8_t* a, int64_t tiles, int64_t rows, int64_t first, int64_t ahead,
+                              const uint8_t* w, int64_t group_bytes, int64_t groups, int32_t* out, int64_t out_stride) {
     if (!tw_has_int8_tiles()) return false;
+    const uint8_t* next = w + groups * group_bytes + first / 32 * (groups / 2) * tiles * ahead * 64;
     for (int64_t r = 0; r < rows; r += 32) {
         const uint8_t* const own = a + r * tiles * 64;
         int32_t* const to = out + r * out_stride;
@@ -164,8 +168,8 @@ static bool tw_whole_by_tiles(const uint8_t* a, int64_t tiles, int64_t rows, con
         int64_t g = 0;
         for (; single && g + 4 <= groups; g += 4)
             tw_whole_tile_of_16<4>(own, tiles, w + g * group_bytes, group_bytes, to + 16 * g, out_stride);
-        for (; !single && g + 2 <= groups; g += 2)
-            tw_whole_tile_of_32(own, tiles, w + g * group_bytes, group_bytes, to + 16 * g, out_stride);
+        for (; !single && g + 2 <= groups; g += 2, next += tiles * ahead * 64)
+            tw_whole_tile_of_32(own, tiles, w + g * group_bytes, group_bytes, to + 16 * g, out_stride, next, ahead);
         for (; single && g + 2 <= groups; g += 2)
             tw_whole_tile_of_16<2>(own, tiles, w + g * group_bytes, group_bytes, to + 16 * g, out_stride);
         for (; g < groups; ++g) {
@@ -178,7 +182,8 @@ static bool tw_whole_by_tiles(const uint8_t* a, int64_t tiles, int64_t rows, con
     return true;
 }
 #else
-static bool tw_whole_by_tiles(const uint8_t*, int64_t, int64_t, const uint8_t*, int64_t, int64_t, int32_t*, int64_t) {
+static bool tw_whole_by_tiles(const uint8_t*, int64_t, int64_t, int64_t, int64_t, const uint8_t*, int64_t, int64_t,
+                              int32_t*, int64_t) {
     return false;
 }
 #endif
@@ -239,16 +244,19 @@ static inline void tw_whole_by_vectors(const uint8_t* a, int64_t tiles, int64_t 
         for (int g = 0; g < G; ++g) *(tw_i16_any*)(out + (r + i) * out_stride + 16 * g) = s[i][g];
 }
 
-// The sums of rows `first` (of a whole tile) to `end` of a panel with the columns of a block. Between tw_tiles_on and
-// tw_tiles_off.
-__attribute__((noinline)) static void tw_packed_whole(const uint8_t* a, int64_t first, int64_t end, const uint8_t* base,
-                                                      int64_t columns, int64_t steps, float* to, int64_t out_stride) {
+// The sums of rows `first` (of a whole tile) to `end` of a panel of `count` with the columns of a block. Between
+// tw_tiles_on and tw_tiles_off. Of many rows each tile of 32 brings its share of the next columns to the L2 cache: products
+// with 10 MB of weights one after the other take 8 % less with 128 rows and 9 % with 256; with 32 the lines are late.
+__attribute__((noinline)) static void tw_packed_whole(const uint8_t* a, int64_t first, int64_t end, int64_t count,
+                                                      const uint8_t* base, int64_t columns, int64_t steps, float* to,
+                                                      int64_t out_stride) {
     const int64_t groups = tw_blocks(columns, 16), tiles = tw_blocks(steps, 2), rows = end - first;
     const int64_t group_bytes = tw_group_bytes<tw_R16_I8>(steps);
     const uint8_t* const w = base + 128;
     int32_t* const out = (int32_t*)to;
     a += first * tiles * 64;
-    if (tw_whole_by_tiles(a, tiles, rows, w, group_bytes, groups, out, out_stride)) return;
+    const int64_t ahead = count >= 128 ? tw_blocks(32, count / 32) : 0;
+    if (tw_whole_by_tiles(a, tiles, rows, first, ahead, w, group_bytes, groups, out, out_stride)) return;
     int64_t g = 0;
     for (; g + 2 <= groups; g += 2)
         for (int64_t r = 0; r < rows; r += 4)
