@@ -21,6 +21,7 @@ from typing import Final, Literal
 import sympy
 
 from torchweld.codegen.cpp_operand import StoredRow
+from torchweld.codegen.packing import LAYOUT
 from torchweld.graph.terms import Expr
 
 Precision = Literal["f32", "bf16", "int8"]
@@ -190,12 +191,14 @@ def product_lines(
     ]
     if copies is None or copies.half is None:
         return plain
+    lies = stored.format == LAYOUT + "BF16"  # weights are multiplied where they lie
+    lines_ahead = ", piece, tw_bf16_lines(block_end - first_row)" if lies else ""
     ahead = f"    tw_bf16_ahead<tw_{stored.format}>({base}, width, {steps}, piece, block_end - first_row);"
     lines = [
         "if (narrow) {",
         *([ahead] if stored.has_codes else []),
         f"    tw_bf16_matmul({copies.half} + piece * {stride}, {stride}, piece_end - piece, {weights}, width,",
-        f"        {steps}, {out}, {out_stride});",
+        f"        {steps}, {out}, {out_stride}{lines_ahead});",
     ]
     if copies.codes is not None and stored.has_codes:
         lines += [
