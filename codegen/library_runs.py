@@ -109,19 +109,17 @@ class LibraryRuns:
                     _values(step.arguments[number][0], values),
                     _values(step.arguments[number][1], values),
                 )
-                out = wanted.get(len(values))
+                place = wanted.get(len(values))
+                # A value that is stored narrow (narrow_plan.py) is computed in float32 and rounded once.
+                out = place if place is None or place.dtype == torch.float32 else None
                 if operation.function == LINEAR:
                     name = read[weights[number]]
                     copy = self._copy(name, args[1]) if self._narrow else None
                     values.append(_linear(args, copy, out))
-                    continue
-                function, writing = FUNCTIONS[operation.function]
-                if out is None:
-                    values.append(function(*args, **kwargs))
-                elif writing is not None:
-                    values.append(writing(*args, **kwargs, out=out))
                 else:
-                    values.append(out.copy_(function(*args, **kwargs)))
+                    values.append(_call(operation.function, args, kwargs, out))
+                if out is not place and place is not None:
+                    place.copy_(values[-1])
 
     def copied_bytes(self, kernel: str) -> int:
         """Bytes of the weights in bfloat16 that ATen needs for all launches of `kernel`, beside the packed ones."""
@@ -138,6 +136,16 @@ class LibraryRuns:
         if known is None or known[0] != version:
             self._copies[name] = known = version, weight.to(torch.bfloat16)
         return known[1]
+
+
+def _call(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor | None) -> Tensor:
+    """One of FUNCTIONS, into `out` where that is given."""
+    function, writing = FUNCTIONS[name]
+    if out is not None and writing is not None:
+        writing(*args, **kwargs, out=out)
+        return out
+    value: Tensor = function(*args, **kwargs)
+    return value if out is None else out.copy_(value)
 
 
 def _linear(args: Sequence[Tensor | None], narrow: Tensor | None, out: Tensor | None) -> Tensor:

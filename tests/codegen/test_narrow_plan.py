@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sympy import Integer
+from torch import Tensor, nn
 
 import torchweld.codegen.executable as executable_module
 import torchweld.codegen.narrow_plan as narrow_module
@@ -17,9 +19,12 @@ from tests.codegen.cpp_cases import same_bits
 from torchweld.codegen.cpp_packed import Precision
 from torchweld.codegen.executable import Executable
 from torchweld.codegen.ir import Bind, Buffer, Kernel, MatmulPart, Store, size_symbol
+from torchweld.codegen.library_runs import bucket_of
 from torchweld.codegen.narrow_plan import narrow_values, narrowed
 from torchweld.codegen.plan import Launch, Plan, ValueSpec
+from torchweld.graph.capture import capture
 from torchweld.graph.terms import Axis, Contract, Load, Ref, Term, op
+from torchweld.optimizer.compile import Options, compile_program
 
 F32 = torch.float32
 FORMATS = {"bf16": {"first": "BF16", "second": "BF16"}, "int8": {"first": "I8", "second": "I8"}}
@@ -132,3 +137,33 @@ def test_the_short_erf_is_lost_in_the_rounding(precision: Precision) -> None:
     assert off < {"bf16": 6e-3, "int8": 2e-2}[precision]
     for count in (1, 7, 16):
         assert same_bits(executable(x[:count])[0], executable(x[:16])[0][:count].contiguous())
+
+
+class TwoLayers(nn.Module):
+    """float32 [M, 64] -> [M, 64]; GELU's results are read by the second product only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [M, 64] -> [M, 64]."""
+        result: Tensor = self.down(functional.gelu(self.up(x)))
+        return result
+
+
+def test_aten_reads_and_writes_narrow_values(tiles: None) -> None:
+    """The first product through ATen and the second of our own, the other way round, and both through ATen."""
+    x, model = torch.randn(100, 64), TwoLayers().eval()
+    options = Options(precision="bf16", threads=1, tune="never")
+    executable = compile_program(capture(model, (x,), {}, dynamic=True), options=options).executable
+    assert executable is not None
+    assert [v.dtype for v in executable.plan.values.values()].count(torch.bfloat16) == 1
+    want = model.double()(x.double())
+    kernels = list(executable.plan.library)
+    assert len(kernels) == 2
+    for chosen in ([kernels[0]], [kernels[1]], kernels):
+        executable.use_library({name: [bucket_of(100)] for name in chosen})
+        off = (executable(x)[0].double() - want).norm() / want.norm()
+        assert off < 6e-3, chosen
