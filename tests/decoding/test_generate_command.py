@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 
 from tests.tiny_models import tiny_model
-from torchweld.decoding import generate_command, step_source
+from torchweld.decoding import generate_command
 from torchweld.decoding.cli import app
 from torchweld.decoding.generate import stream
 from torchweld.decoding.generate_command import (
@@ -30,6 +30,7 @@ from torchweld.decoding.generate_command import (
 )
 from torchweld.decoding.generation import Stream
 from torchweld.decoding.step_model import DecodingError
+from torchweld.graph import capture_causal as capture_module
 from torchweld.graph.program import Program
 from torchweld.models.errors import ModelFileError
 from torchweld.models.load import LoadedModel, load_model
@@ -154,7 +155,7 @@ def test_every_precision_starts_warm(torchweld: Runner, monkeypatch: pytest.Monk
     def capture_nothing(*args: object) -> Program:
         raise AssertionError("a warm start captures nothing")
 
-    monkeypatch.setattr(step_source, "capture_causal", capture_nothing)
+    monkeypatch.setattr(capture_module, "capture_causal", capture_nothing)
     for precision, expected in cold.items():
         warm = json.loads(torchweld(*options, "--precision", precision).out)
         assert warm["tokens"] == expected["tokens"] and warm["statistics"]["precision"] == precision
