@@ -85,8 +85,9 @@ def test_promises_compare_with_the_smallest_size() -> None:
     assert "8 against 1 | 2.00 | 1.60 | 1.20 | short |" in text
     context = series_of("one token, context grows", (64.0, 4096.0), (1.0, 3.3))
     grown = replace(context, growth=replace(context.growth, roofline=(1.0, 3.0)))
-    assert "over a pure read of as much | 1.10 | 1.15 | 1.05 | must |" in promises([grown])
-    read = replace(context, growth=replace(grown.growth, pure=(1.0, 3.2)))
+    assert "over the roofline | 1.10 | 1.15 | 1.05 | must |" in promises([grown])
+    read = replace(context, growth=replace(grown.growth, roofline=(1.0, 2.0), pure=(1.0, 3.2)))
+    assert "over the roofline | 1.65 | 1.15 | 1.05 | short |" in promises([read])
     assert "over a pure read of as much | 1.03 | 1.15 | 1.05 | aim |" in promises([read])
     assert promises([series_of("prompt grows", (1.0, 2.0), (1.0, 2.0))]) == ""
 
