@@ -19,7 +19,7 @@ import torch
 from torchweld.codegen.cpp_fingerprint import fingerprint
 from torchweld.codegen.cpp_names import converted, unwrapped
 from torchweld.codegen.cpp_operand import StoredRow
-from torchweld.codegen.cpp_packed import Copies, copy_lines, narrow_copy_lines, sums_wanted
+from torchweld.codegen.cpp_packed import Copies, copy_lines, sums_wanted
 from torchweld.codegen.cpp_segments import piece_length
 from torchweld.codegen.cpp_terms import Emitter
 from torchweld.codegen.ir import Bind, Kernel, MatmulPart, RowPart, Store
@@ -88,7 +88,7 @@ def fill_panel(emitter: Emitter, panel: Panel, real: torch.dtype, is_narrow: boo
     emitter.push()
     _write_panel(emitter, panel, real, is_narrow)
     written = emitter.pop()
-    emitter.nest("if (narrow)", narrow_copy_lines(panel.copies, lying, panel.stride))
+    emitter.nest("if (narrow)", copy_lines(panel.copies, lying, panel.stride, is_narrow=True))
     emitter.nest("else", written)
 
 

@@ -104,26 +104,15 @@ def allocate_copies(
         allocate(copies.sums, "int32_t", 4, width / 16 * few)
 
 
-def narrow_copy_lines(copies: Copies, row: str, stride: str) -> list[str]:
-    """Statements that make what products read of a row at `row`, where they read copies only."""
+def copy_lines(copies: Copies, row: str, stride: str, *, is_narrow: bool = False) -> list[str]:
+    """Statements behind the filling of a row at `row`: its copies; is_narrow: where `narrow` is known to hold."""
     lines = []
     if copies.whole is not None:
         place = f"{copies.whole}, {copies.whole_scales}, {copies.whole_zeros}"
         lines.append(f"tw_quantize_whole({row}, {stride}, r, {place});")
     if copies.half is not None:
-        lines.append(f"tw_round_row({row}, {stride}, r, {copies.half});")
-    return lines
-
-
-def copy_lines(copies: Copies, row: str, stride: str) -> list[str]:
-    """Statements behind the filling of a row at `row`: its copies."""
-    lines = []
-    if copies.whole is not None:
-        place = f"{copies.whole}, {copies.whole_scales}, {copies.whole_zeros}"
-        lines.append(f"tw_quantize_whole({row}, {stride}, r, {place});")
-    if copies.half is not None:
-        lines.append(f"if (narrow) tw_round_row({row}, {stride}, r, {copies.half});")
-    if copies.codes is not None:
+        lines.append(f"{'' if is_narrow else 'if (narrow) '}tw_round_row({row}, {stride}, r, {copies.half});")
+    if copies.codes is not None and not is_narrow:
         lines += [
             f"else if (tw_has_int8) tw_quantize_row({row}, {stride}, r, {copies.codes}, {copies.scales},",
             f"    {copies.offsets}, {copies.sums});",
